@@ -1,0 +1,25 @@
+"""The usual baby GPT on the characters of tiny Shakespeare.
+
+python train.py config/shakespeare_char.py
+
+Hardware: a GPU; on 2 CPU cores it takes hours (config/shakespeare_char_cpu.py takes a minute).
+"""
+
+dataset = "shakespeare_char"
+out_dir = "out/shakespeare_char"
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+dropout = 0.2
+bias = False
+
+batch_size = 64
+max_iters = 5000
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+
+eval_interval = 250
+patience = 8  # it begins to overfit before the end

@@ -1,0 +1,22 @@
+"""A small GPT on the characters of tiny Shakespeare; what `python train.py` does alone.
+
+python train.py config/shakespeare_char_cpu.py
+"""
+
+dataset = "shakespeare_char"
+out_dir = "out/shakespeare_char_cpu"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+bias = False
+
+batch_size = 12
+max_iters = 2000
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+
+eval_interval = 500
+log_interval = 50

@@ -1,0 +1,22 @@
+"""GPT-2 (124M), as GPT-3's paper sets its smallest model up, on a data set of GPT-2 tokens.
+
+python train.py config/train_gpt2.py --dataset=NAME
+
+Hardware: written for one 80 GB GPU; not yet measured. Half a million tokens an update.
+"""
+
+dataset = "shakespeare"  # name a larger one: these 300,000 tokens only show that it runs
+out_dir = "out/gpt2"
+
+block_size = 1024
+vocab_size = 50304  # 50,257 padded to a multiple of 128, which GPUs multiply faster
+
+batch_size = 512
+micro_batch_size = 16
+max_iters = 19000
+warmup_iters = 700
+learning_rate = 6e-4
+min_lr = 6e-5
+
+eval_interval = 1000
+snapshot_interval = 5000

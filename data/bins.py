@@ -1,0 +1,255 @@
+"""Token bins: the files that prepare.py writes, and which window of them a run draws when.
+
+    data/<name>/train.bin   token ids, little-endian, no header; uint16, or uint32 where needed
+    data/<name>/val.bin     the same
+    data/<name>/meta.json   format, dtype, vocabulary size, tokenizer, sources, and for each split
+                            its tokens, its UTF-8 bytes and its SHA-256
+
+A folder without meta.json is read as nanoGPT's: uint16 ids of GPT-2's tokenizer.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+
+FORMAT = 1
+SPLITS = ("train", "val")
+IGNORED = -1  # a target that counts for nothing: beyond the end of the split
+CHECKED = 2**24  # ids of a split that are checked when it is opened; the others when drawn
+BIGRAM_TOKENS = 5_000_000  # enough for a baseline, counted in seconds
+ROUNDS = 6  # of the Feistel network; four suffice against correlation, small domains want more
+
+
+# ---- which window is drawn when -----------------------------------------------------------------
+
+
+def window(seed: int, n: np.ndarray, n_tokens: int, block_size: int) -> np.ndarray:
+    """Where the n-th training sequences of a run start; a pure function of its arguments.
+
+    An epoch is every non-overlapping window of block_size + 1 tokens, from a random phase, in an
+    order given by a keyed permutation that is computed and never stored. `n`: int64 (B,), the
+    result likewise. The split must hold two windows (`n_tokens >= 2 * (block_size + 1)`).
+    """
+    length = block_size + 1
+    per_epoch = (n_tokens - block_size) // length  # the same for every phase
+    epochs, places = np.divmod(n, per_epoch)
+    starts = np.empty_like(places)
+    for epoch in np.unique(epochs):  # nearly always one
+        here = epochs == epoch
+        *keys, phase = _epoch_keys(seed, int(epoch))
+        order = permute(places[here].astype(np.uint64), per_epoch, keys)
+        starts[here] = order.astype(np.int64) * length + int(phase) % length
+    return starts
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+    return tuple(np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS + 1, np.uint64))
+
+
+def permute(i: np.ndarray, size: int, keys: Iterable[np.uint64]) -> np.ndarray:
+    """A keyed permutation of range(size), at the places `i` (uint64), in constant memory.
+
+    A balanced Feistel network over the next even power of two; places that land outside the
+    range go through again until they fall inside ("cycle walking", Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out = i.copy()
+    outside = np.ones(len(out), dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> half, out[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        out[outside] = (left << half) | right
+        outside = out >= size
+    return out
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit integers: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def eval_windows(n_tokens: int, block_size: int, max_tokens: int) -> np.ndarray:
+    """Where the windows start that an evaluation reads: int64, in order, without overlap.
+
+    All of a split, the last window reaching beyond its end; of a split larger than `max_tokens`,
+    that many tokens in evenly spaced windows.
+    """
+    starts = np.arange(0, n_tokens - 1, block_size)
+    count = min(len(starts), max(1, math.ceil(max_tokens / block_size)))
+    return starts[np.arange(count) * len(starts) // count]
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """The tokens of one split, mapped from their file, and what meta.json knows of them."""
+
+    path: Path
+    tokens: np.ndarray  # (n_tokens,) uint16 or uint32
+    vocab_size: int
+    n_bytes: int | None  # of UTF-8 text; None where the bins are nanoGPT's
+
+    def batch(self, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return idx and targets, int64 (B, T); targets beyond the split's end are IGNORED."""
+        places = starts[:, None] + np.arange(block_size + 1)
+        last = len(self.tokens) - 1
+        rows = self.tokens[np.minimum(places, last)].astype(np.int64)
+        self.check(rows)
+        idx, targets = rows[:, :-1], rows[:, 1:].copy()
+        targets[places[:, 1:] > last] = IGNORED
+        return idx, targets
+
+    def check(self, ids: np.ndarray) -> None:
+        if ids.size and (largest := int(ids.max())) >= self.vocab_size:
+            raise UserError(
+                f"{self.path}: token id {largest} is beyond the vocabulary of {self.vocab_size}"
+            )
+
+
+@dataclass
+class Dataset:
+    """A prepared data set: its two splits and how its text became tokens."""
+
+    folder: Path
+    tokenizer: dict  # what tokenizer.load() takes
+    vocab_size: int
+    train: Split
+    val: Split
+    fingerprint: str  # of the tokens: the same bins, the same fingerprint
+
+
+def load(folder: Path) -> Dataset:
+    """Open the data set in `folder`; raises UserError for whatever is missing or does not fit."""
+    again = f"rebuild it: python prepare.py --name {folder.name} --input FILE"
+    if not (folder / "meta.json").exists() and (folder / "meta.pkl").exists():
+        raise UserError(f"{folder}/meta.pkl is a pickle, which could run code; {again}")
+    try:
+        meta = _read_meta(folder)
+        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
+        vocab_size = int(meta["vocab_size"])
+        splits, digests = {}, []
+        for name in SPLITS:
+            path, about = folder / f"{name}.bin", meta["splits"][name]
+            size, n_tokens = path.stat().st_size, about["tokens"]
+            if size != (size // dtype.itemsize if n_tokens is None else n_tokens) * dtype.itemsize:
+                raise UserError(f"{path} has {size} bytes, not {n_tokens} {dtype} tokens; {again}")
+            tokens = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
+            splits[name] = Split(path, tokens, vocab_size, about["bytes"])
+            splits[name].check(tokens[:CHECKED])
+            digests.append(str(about["sha256"] or f"{size} bytes"))
+        return Dataset(
+            folder=folder,
+            tokenizer=dict(meta["tokenizer"]),
+            vocab_size=vocab_size,
+            fingerprint=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+            **splits,
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing; {again}") from None
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{folder}/meta.json cannot be read ({kind}: {error}); {again}") from None
+
+
+def _read_meta(folder: Path) -> dict:
+    if (folder / "meta.json").exists():
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        if meta["format"] != FORMAT:
+            raise ValueError(f"format {meta['format']} is not {FORMAT}")
+        return meta
+    unknown = {"tokens": None, "bytes": None, "sha256": None}
+    return {
+        "dtype": "uint16",
+        "vocab_size": 50257,
+        "tokenizer": {"kind": "gpt2"},
+        "splits": dict.fromkeys(SPLITS, unknown),
+    }
+
+
+def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
+    """Nats per token of `val` under the pairs counted in `train`: the loss to beat.
+
+    p(b | a) = (count(a, b) + p(b)) / (count(a) + 1), p(b) from counts plus one: pairs that never
+    occurred get a little of the mass of single tokens. At most the first BIGRAM_TOKENS are read.
+    """
+    train, val = (part[:BIGRAM_TOKENS].astype(np.int64) for part in (train, val))
+    single = np.bincount(train, minlength=vocab_size)
+    seen, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
+    pairs = val[:-1] * vocab_size + val[1:]
+    place = np.minimum(np.searchsorted(seen, pairs), len(seen) - 1)
+    count = np.where(seen[place] == pairs, counts[place], 0)
+    before = np.bincount(train[:-1], minlength=vocab_size)[val[:-1]]
+    prior = (single[val[1:]] + 1) / (len(train) + vocab_size)
+    return float(-np.log((count + prior) / (before + 1)).mean())
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def write(folder: Path, splits: dict[str, tuple], tokenizer: dict, vocab_size: int, sources: list):
+    """Write a data set whole or not at all, and return its meta; an older one is moved aside.
+
+    `splits` maps "train" and "val" to (ids, n_bytes): integers (n_tokens,) and the UTF-8 bytes
+    that they encode. Everything is written into a hidden folder beside, which is then renamed.
+    """
+    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        about = {}
+        for name, (ids, n_bytes) in splits.items():
+            data = np.asarray(ids).astype(dtype).tobytes()
+            _write_durably(partial / f"{name}.bin", data)
+            digest = hashlib.sha256(data).hexdigest()
+            about[name] = {"tokens": len(ids), "bytes": n_bytes, "sha256": digest}
+        meta = {
+            "format": FORMAT,
+            "dtype": dtype.name,
+            "vocab_size": vocab_size,
+            "tokenizer": tokenizer,
+            "splits": about,
+            "sources": sources,
+        }
+        text = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
+        _write_durably(partial / "meta.json", text.encode())
+        if folder.exists():
+            move_aside(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meta
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a folder that is in the way to NAME.1, or the next number that is free; say so."""
+    n = 1
+    while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
+        n += 1
+    folder.rename(aside)
+    print(f"moved the older {folder} to {aside}")

@@ -1,0 +1,92 @@
+"""fetch(): a file from the web, whole and verified, or not there at all."""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+from config import UserError
+
+TRIES = 3
+TIMEOUT = (3, 10)  # seconds to connect, seconds without a byte
+CHUNK = 1 << 16
+
+
+def fetch(url: str, path: Path, sha256: str, size: int | None = None) -> Path:
+    """Download `url` to `path` and return it; it gets that name only when size and digest fit.
+
+    What has arrived is kept in PATH.part, and a later call goes on from there where the server
+    allows it. Raises UserError, with the reason in a few words, after three tries.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(attempt)
+        try:
+            _download(url, part)
+        except requests.RequestException as error:
+            reason = _in_short(error)
+            if isinstance(error, requests.HTTPError) and error.response.status_code < 500:
+                break
+            continue
+        data_size, digest = _measure(part)
+        if digest == sha256:
+            os.replace(part, path)
+            return path
+        reason = f"{data_size} bytes arrived, SHA-256 {digest[:12]}..., not {sha256[:12]}..."
+        if size and data_size < size:
+            reason = f"{data_size} of {size} bytes arrived"
+        else:
+            part.unlink()
+    raise UserError(f"cannot download {url} ({reason})")
+
+
+def _download(url: str, part: Path) -> None:
+    """Append what is missing of `url` to `part`; start again where the server ignores Range."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:  # nothing is missing; the digest will tell
+            return
+        response.raise_for_status()
+        resumed = response.status_code == 206
+        total = int(response.headers.get("Content-Length", 0)) + have * resumed
+        with (
+            open(part, "ab" if resumed else "wb") as file,
+            tqdm(
+                desc=url.rsplit("/", 1)[-1],
+                initial=have * resumed,
+                total=total or None,
+                unit="B",
+                unit_scale=True,
+                disable=None,  # no bar where there is no terminal
+            ) as bar,
+        ):
+            for chunk in response.iter_content(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return path.stat().st_size, digest.hexdigest()
+
+
+def _in_short(error: requests.RequestException) -> str:
+    """The cause that a user can act on, without the library's chain of wrapped exceptions."""
+    if isinstance(error, requests.HTTPError):
+        return f"the server answers {error.response.status_code}"
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.ConnectionError):
+        return "no connection"
+    return type(error).__name__

@@ -1,0 +1,242 @@
+"""The GPT, whole: token ids in, logits and loss out; and the bigram model that it should beat.
+
+    idx (B, T) -> wte + wpe -> x (B, T, C) -> n_layer times [x + attn(ln_1(x)), x + mlp(ln_2(x))]
+        -> ln_f -> lm_head -> logits (B, T, V), loss
+
+The architecture is GPT-2's (Radford et al. 2019): LayerNorm before each sublayer, learned
+positions, tanh-approximated GELU, and an output head that shares the token embedding's weights.
+Parameters keep the names that GPT-2 gave them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    # the model; the defaults are GPT-2 (124M)
+    n_layer: Annotated[int, "[1, inf)"] = 12  # blocks, one after the other
+    n_head: Annotated[int, "[1, inf)"] = 12  # attention heads in a block
+    n_embd: Annotated[int, "[1, inf)"] = 768  # width of the residual stream
+    block_size: Annotated[int, "[1, inf)"] = 1024  # longest context, in tokens
+    vocab_size: Annotated[int, "[1, inf)"] = 50257  # ids; train.py takes the data set's
+    dropout: Annotated[float, "[0, 1)"] = 0.0  # share dropped of the embedding and sublayers
+    bias: bool = True  # in linear layers and LayerNorms
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            near = self.n_embd - self.n_embd % self.n_head
+            raise ValueError(
+                f"n_embd={self.n_embd} does not divide among n_head={self.n_head}; "
+                f"n_embd={near or self.n_head} or {near + self.n_head} would"
+            )
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, D)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        # No dropout on the attention weights: it would take SDPA off its fused path (README)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x)))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class LanguageModel(nn.Module):
+    """What the GPT and the bigram model share: counting, and drawing tokens from logits."""
+
+    config: GPTConfig
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations that training spends on a token, forward and backward."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        idx: Tensor,
+        uniforms: Tensor,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        n_ids: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue `idx` (B, T), yielding the next ids (B,) one position after the other.
+
+        `uniforms` (B, N) in [0, 1) decide the N draws of each row, so that a row's text depends
+        on its own numbers alone. Only the last block_size ids are seen. Ids from `n_ids` on are
+        never drawn; temperature 0 takes the likeliest id.
+        """
+        for u in uniforms.unbind(1):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            logits = logits[:, -1, :n_ids].float()
+            if temperature == 0:
+                new = logits.argmax(-1)
+            else:
+                new = draw(token_probs(logits, temperature, top_k, top_p), u)
+            yield new
+            idx = torch.cat((idx, new[:, None]), dim=1)
+
+
+class GPT(LanguageModel):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every parameter anew from torch's current random state, as GPT-2 did.
+
+        | parameter                            | distribution                |
+        |--------------------------------------|-----------------------------|
+        | wte (and with it lm_head), wpe       | N(0, 0.02)                  |
+        | attn.c_attn, mlp.c_fc: weight        | N(0, 0.02)                  |
+        | attn.c_proj, mlp.c_proj: weight      | N(0, 0.02 / sqrt(2 n_layer))|
+        | LayerNorms: weight                   | 1                           |
+        | every bias                           | 0                           |
+
+        The two projections of each block write into the residual stream; the smaller scale keeps
+        its variance from growing with depth.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:
+                p.fill_(1)
+            elif name.endswith("c_proj.weight"):
+                p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                p.normal_(0, 0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return logits (B, T, V) and, where targets (B, T) are given, their mean loss in nats.
+
+        Targets of -1 count for nothing.
+        """
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        return logits, token_loss(logits, targets)
+
+    def flops_per_token(self) -> int:
+        """6 for each weight that multiplies a token, and 12 * n_layer * n_embd * block_size.
+
+        A multiply-add is 2 operations and backward does twice the work of forward; the second term
+        is attention, not halved for causality (PaLM, Chowdhery et al. 2022, appendix B). Looking
+        up an embedding multiplies nothing; the output head does.
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
+        weights += self.lm_head.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+class Bigram(LanguageModel):
+    """The next token from the last one alone: a table of logits, (V, V). Beat this first."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.vocab_size)
+        nn.init.normal_(self.wte.weight, 0, 0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """As GPT.forward."""
+        logits = self.wte(idx)  # (B, T, V)
+        return logits, token_loss(logits, targets)
+
+    def flops_per_token(self) -> int:
+        """None to speak of: a row is looked up, and its gradient added."""
+        return 0
+
+
+MODELS = {"gpt": GPT, "bigram": Bigram}
+
+
+def token_loss(logits: Tensor, targets: Tensor | None) -> Tensor | None:
+    """Mean cross-entropy in nats over the targets that are not -1."""
+    if targets is None:
+        return None
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def token_probs(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+    """Probabilities (B, V) from logits (B, V): tempered, then the top_k, then the top_p of those.
+
+    top_k keeps the k likeliest ids (Fan et al. 2018), ties with the last included; top_p the
+    smallest set of ids that holds a share p (Holtzman et al. 2020), at least one.
+    """
+    # with the largest logit at 0, no temperature above 0 is too small to divide by
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        ranked, order = probs.sort(descending=True, stable=True)
+        before = ranked.cumsum(-1) - ranked  # the share held by likelier ids
+        keep = (before < top_p).scatter(-1, order, before < top_p)
+        probs = probs.where(keep, 0)
+    return probs
+
+
+def draw(probs: Tensor, u: Tensor) -> Tensor:
+    """Ids (B,) where the cumulative distribution of probs (B, V) passes u (B,), u in [0, 1)."""
+    precise = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no more
+    cumulative = probs.to(precise).cumsum(-1)
+    passed = u[:, None].to(precise) * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
+    return ids.where(ids < probs.shape[-1], probs.argmax(-1))  # u so near 1 that it rounded up

@@ -1,0 +1,206 @@
+"""A checkpoint in, text out.
+
+    python sample.py --prompt "ROMEO:"                            from the newest run in out/
+    python sample.py --checkpoint out/shakespeare_char --num_samples 3 --temperature 0.8
+    python sample.py --prompt FILE:start.txt --stop "\\n\\n" --device cpu
+    echo "To be" | python sample.py --prompt -
+
+    prompt -> Tokenizer.encode -> idx (B, T) -> GPT.generate -> ids (B,) -> text, piece by piece
+
+The text goes to standard output, everything else to standard error. A single sample appears as it
+is made. A sample ends early at --stop, which is not shown, or at the end-of-text token.
+"""
+
+import codecs
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+from config import UserError
+from data import tokenizer
+from data.tokenizer import Tokenizer
+from model import MODELS, GPTConfig, LanguageModel
+
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+
+
+@dataclass
+class SampleConfig:
+    # what speaks
+    checkpoint: str = ""  # a file, or a run's folder (its best); empty: the newest run in out/
+    device: str = "auto"  # cuda, mps, cpu; auto: the first of them that is there
+
+    # what it continues: text with \n, \t, \r and \\; FILE:path; - for standard input
+    prompt: str = ""  # empty: begins after end-of-text, a newline, or a token drawn by the seed
+
+    # how
+    num_samples: Annotated[int, "[1, inf)"] = 1  # how many, all from the same prompt
+    max_new_tokens: Annotated[int, "[1, inf)"] = 500  # length of each, in tokens
+    temperature: Annotated[float, "[0, inf)"] = 0.8  # 0: always the likeliest token
+    top_k: Annotated[int, "[1, inf)"] = 200  # draw from the k likeliest tokens only
+    top_p: Annotated[float, "(0, 1]"] = 1.0  # and from the fewest that hold this share
+    stop: str = ""  # end a sample before this text (escapes as in the prompt)
+    seed: Annotated[int, "[0, inf)"] = 1337  # the same seed, the same text
+
+
+@config.script
+def main(argv: list[str]) -> None:
+    options = config.build(SampleConfig, config.read(SampleConfig, argv))
+    device = find_device(options.device)
+    prompt = read_prompt(options.prompt)
+    path = find_checkpoint(options.checkpoint)
+    model, meta = load_model(path, device)
+    tok = tokenizer.load(meta["tokenizer"])
+    ids = start_ids(tok, prompt, options.seed)
+
+    progress = meta["progress"]
+    val_loss = progress["val_loss"]
+    loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
+    print(f"{path}: iteration {progress['iter_num']}{loss}; {device}", file=sys.stderr)
+    if len(ids) > (longest := model.config.block_size):
+        print(f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr)
+
+    options.stop = unescape(options.stop)
+    pieces = complete(model, tok, ids, options)
+    if options.num_samples == 1:
+        print(prompt, end="", flush=True)
+        for (piece,) in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        for text in map("".join, zip(*pieces, strict=True)):
+            print(prompt + text, "-" * 80, sep="\n")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, or the best there is for "auto"; UserError where it is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    names = [kind for kind, is_there in there.items() if is_there]
+    if name == "auto":
+        name = names[0]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"no device {name!r}; this machine has {', '.join(names)}") from None
+    if not there.get(device.type):
+        raise UserError(f"device {name!r} is not on this machine, which has {', '.join(names)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} of them")
+    return device
+
+
+def find_checkpoint(path: str) -> Path:
+    folder = path or str(checkpoint.newest_run(Path("out")))
+    return checkpoint.find(folder, (checkpoint.BEST, checkpoint.LATEST))
+
+
+def load_model(path: Path, device: torch.device) -> tuple[LanguageModel, dict]:
+    """The model in a checkpoint, in evaluation mode on `device`, and the checkpoint's meta."""
+    tensors, meta = checkpoint.load(path)
+    cfg = config.build(GPTConfig, meta["model_config"], source=str(path))
+    model = MODELS[meta["model"]](cfg)
+    checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
+    return model.to(device).eval(), meta
+
+
+def read_prompt(prompt: str) -> str:
+    """The text that --prompt means."""
+    if prompt == "-":
+        return sys.stdin.read()
+    if not prompt.startswith("FILE:"):
+        return unescape(prompt)
+    path = Path(prompt.removeprefix("FILE:"))
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt: {path} is not UTF-8 at offset {error.start}") from None
+    except OSError as error:
+        raise UserError(f"--prompt: {path}: {error.strerror}") from None
+
+
+def unescape(text: str) -> str:
+    return re.sub(r"\\[ntr\\]", lambda match: ESCAPES[match[0]], text)
+
+
+def start_ids(tok: Tokenizer, prompt: str, seed: int) -> np.ndarray:
+    """The ids (T,) that a sample continues: the prompt's; for an empty prompt one to begin with.
+
+    That is end-of-text where there is one, else a newline, else an id drawn by `seed`.
+    """
+    if prompt:
+        return tok.encode(prompt)
+    if tok.end_of_text is not None:
+        return np.array([tok.end_of_text])
+    try:
+        return tok.encode("\n")
+    except UserError:
+        return np.random.default_rng(seed).integers(tok.vocab_size, size=1)
+
+
+def complete(
+    model: LanguageModel, tok: Tokenizer, ids: np.ndarray, options: SampleConfig
+) -> Iterator[list[str]]:
+    """Yield, one position after the other, the text that each of the samples gains."""
+    device = next(model.parameters()).device
+    idx = torch.from_numpy(ids.astype(np.int64)).to(device).expand(options.num_samples, -1)
+    n = options.max_new_tokens
+    # each sample has its own stream: sample 7 is the same among 10 or 1000
+    streams = [np.random.default_rng((options.seed, i)) for i in range(options.num_samples)]
+    uniforms = torch.from_numpy(np.stack([s.random(n, np.float32) for s in streams])).to(device)
+    texts = [TextStream(tok, options.stop) for _ in range(options.num_samples)]
+    for new in model.generate(
+        idx, uniforms, options.temperature, options.top_k, options.top_p, tok.vocab_size
+    ):
+        yield [text.add(i) for text, i in zip(texts, new.tolist(), strict=True)]
+        if all(text.ended for text in texts):
+            return
+    yield [text.finish() for text in texts]
+
+
+class TextStream:
+    """Turns ids into text that may be shown at once: whole characters, and nothing of `stop`."""
+
+    def __init__(self, tok: Tokenizer, stop: str = ""):
+        self.tok, self.stop, self.held, self.ended = tok, stop, "", False
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, i: int) -> str:
+        """The text that has become certain with one more id."""
+        if self.ended:
+            return ""
+        if i == self.tok.end_of_text:
+            return self.finish()
+        self.held += self._utf8.decode(self.tok.decode_bytes([i]))
+        before, found, _ = self.held.partition(self.stop) if self.stop else (self.held, "", "")
+        if found:
+            self.ended = True
+            return before
+        keep = max(
+            (n for n in range(1, len(self.stop)) if self.held.endswith(self.stop[:n])), default=0
+        )
+        shown = self.held[: len(self.held) - keep]
+        self.held = self.held[len(shown) :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back, when nothing more can come."""
+        if self.ended:
+            return ""
+        self.ended = True
+        return self.held + self._utf8.decode(b"", final=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

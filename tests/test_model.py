@@ -1,0 +1,157 @@
+"""Promise: the model is GPT-2, it learns, and it does not look ahead."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAKESPEARE, needs_shakespeare
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import UserError, build
+from model import GPT, Bigram, GPTConfig
+
+SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def random_batch(config, B=8):
+    idx = torch.randint(config.vocab_size, (B, config.block_size + 1))
+    return idx[:, :-1], idx[:, 1:]
+
+
+def test_gpt2_has_124_439_808_parameters():
+    with torch.device("meta"):
+        assert GPT(GPTConfig()).n_params() == 124_439_808
+
+
+def test_the_usual_baby_size_builds():
+    baby = GPTConfig(6, 6, 384, 256, 65, dropout=0.2, bias=False)
+    with torch.device("meta"):
+        assert GPT(baby).n_params() == 10_745_088
+
+
+@pytest.mark.parametrize("kind", [GPT, Bigram])
+def test_the_untrained_loss_is_ln_v(kind):
+    model = kind(SMALL)
+    _, loss = model(*random_batch(SMALL, B=64))
+    assert abs(loss.item() - math.log(65)) < 0.05
+
+
+def test_init_weights_draws_its_table():
+    model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=256, block_size=256, vocab_size=500))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif p.dim() == 1:
+            assert (p == 1).all(), name
+        else:
+            std = 0.02 / 4 if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < std / 20, name
+    assert model.lm_head.weight is model.wte.weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_overfits_one_batch(bias):
+    config = GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=65, bias=bias)
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    idx, targets = random_batch(config, B=4)
+    for _ in range(300):
+        _, loss = model(idx, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
+
+
+def test_it_does_not_look_ahead():
+    model = GPT(SMALL).double()
+    idx, _ = random_batch(SMALL, B=1)
+    logits, _ = model(idx)
+    for t in (0, 1, 31, 63):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % 65
+        other, _ = model(changed)
+        assert torch.equal(other[0, :t], logits[0, :t]), t
+        assert not torch.allclose(other[0, t:], logits[0, t:]), t
+
+
+def test_positions_matter():
+    logits, _ = GPT(SMALL)(torch.full((1, 8), 5))
+    assert not torch.allclose(logits[0, 0], logits[0, 7])
+
+
+def test_attention_is_what_the_formula_says():
+    """SDPA's fused path against softmax(q k^T / sqrt(D)) v, written out."""
+    attn = GPT(SMALL).double().h[0].attn
+    x = torch.randn(2, 10, 128, dtype=torch.float64)
+    q, k, v = (p.view(2, 10, 4, 32).transpose(1, 2) for p in attn.c_attn(x).split(128, dim=2))
+    scores = q @ k.transpose(-2, -1) / math.sqrt(32)
+    scores = scores.masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf)
+    y = attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 10, 128))
+    assert torch.allclose(attn(x), y, atol=1e-12)
+
+
+def test_ignored_targets_count_for_nothing():
+    model = GPT(SMALL)
+    idx, targets = random_batch(SMALL)
+    masked = targets.clone()
+    masked[:, 10:] = -1
+    _, loss = model(idx, masked)
+    _, alone = model(idx[:, :10], targets[:, :10])
+    assert loss.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_dropout_works_in_training_only():
+    model = GPT(GPTConfig(2, 2, 32, 16, 65, dropout=0.5))
+    idx, _ = random_batch(model.config)
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    model.eval()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("config", [SMALL, GPTConfig(2, 2, 96, 128, 300)])
+def test_flops_per_token_are_what_torch_counts(config):
+    """Attention as two products of matrices, so that torch sees all of them."""
+    model = GPT(config)
+    idx, targets = random_batch(config, B=2)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx, targets)[1].backward()
+    assert counter.get_total_flops() / idx.numel() == model.flops_per_token()
+
+
+def test_a_width_that_does_not_divide_among_the_heads_is_refused():
+    with pytest.raises(UserError, match="n_embd=100 does not divide among n_head=3"):
+        build(GPTConfig, {"n_embd": 100, "n_head": 3})
+
+
+@needs_shakespeare
+def test_the_trained_bigram_finds_the_counts():
+    """Its best training loss is the entropy of pairs, counted."""
+    text = np.frombuffer(SHAKESPEARE.read_bytes(), np.uint8)
+    ids = torch.from_numpy(np.unique(text, return_inverse=True)[1]).long()
+    pairs = torch.bincount(ids[:-1] * 65 + ids[1:], minlength=65 * 65).view(65, 65).double()
+    joint = pairs / pairs.sum()
+    entropy = -(joint * (pairs / pairs.sum(1, keepdim=True)).log().nan_to_num(neginf=0)).sum()
+
+    model = Bigram(SMALL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.2, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.01, 400)
+    for _ in range(400):
+        start = torch.randint(len(ids) - 50_001, ())
+        chunk = ids[start : start + 50_001]
+        _, loss = model(chunk[None, :-1], chunk[None, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        _, loss = model(ids[None, :-1], ids[None, 1:])
+    assert loss.item() == pytest.approx(entropy.item(), abs=0.01)

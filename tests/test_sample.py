@@ -1,0 +1,194 @@
+"""Promise: a prompt and a seed decide a text, and the text is what the options ask for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, needs_gpt2_vocabulary, script
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sample
+from data import tokenizer
+from model import GPT, GPTConfig, draw, token_probs
+from sample import SampleConfig, TextStream, complete
+
+
+@pytest.fixture(scope="module")
+def run_dir(data_dir, tmp_path_factory):
+    """A run of a few updates, with a checkpoint to sample from."""
+    import train
+
+    folder = tmp_path_factory.mktemp("out") / "run"
+    recipe = str(ROOT / "config/shakespeare_char_cpu.py")
+    argv = "--n_layer=1 --n_embd=32 --block_size=16 --max_iters=20 --dataset=small".split()
+    argv += ["--sample_tokens=5", f"--data_dir={data_dir}", f"--out_dir={folder}"]
+    assert train.main([recipe, *argv]) == 0
+    return folder
+
+
+def say(capsys, run_dir, *argv, status=0):
+    assert sample.main([f"--checkpoint={run_dir}", "--device=cpu", *argv]) == status
+    return capsys.readouterr()
+
+
+# ---- from logits to an id
+
+
+def test_top_k_keeps_k():
+    logits = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
+    assert token_probs(logits, 1.0, 2, 1.0).nonzero()[:, 1].tolist() == [1, 3]
+    assert token_probs(logits, 1.0, 9, 1.0).count_nonzero() == 4
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_p():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for p, kept in [(0.4, 1), (0.5, 1), (0.51, 2), (0.79, 2), (0.94, 3), (0.96, 4), (1e-9, 1)]:
+        assert token_probs(logits, 1.0, None, p).count_nonzero() == kept, p
+
+
+def test_top_p_counts_within_top_k():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    # of the two that top_k leaves, the first holds 0.625
+    assert token_probs(logits, 1.0, 2, 0.6).count_nonzero() == 1
+    assert token_probs(logits, 1.0, 2, 0.7).count_nonzero() == 2
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1.0, 100.0, 1e300])
+def test_any_temperature_gives_probabilities(temperature):
+    probs = token_probs(torch.randn(5, 50) * 30, temperature, None, 1.0)
+    assert probs.isfinite().all() and torch.allclose(probs.sum(-1), torch.ones(5))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_draw_follows_the_probabilities(seed):
+    rng = np.random.default_rng(seed)
+    probs = torch.from_numpy(rng.dirichlet(np.full(20, 0.3)))[None]
+    grid = (torch.arange(10_000) + 0.5) / 10_000
+    ids = draw(probs.expand(10_000, -1), grid)
+    shares = ids.bincount(minlength=20) / 10_000
+    assert (shares - probs[0]).abs().max() < 2e-4
+
+
+def test_draw_never_takes_what_has_no_probability():
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    for u in (0.0, 0.4999, 0.5, math.nextafter(1, 0), 1.0):
+        assert draw(probs, torch.tensor([u], dtype=torch.float64)).item() in (1, 3), u
+
+
+def test_ids_without_a_token_are_never_drawn():
+    """A padded vocabulary: however likely, the ids above the tokenizer's stay out."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(1, 1, 16, 8, 64))
+    with torch.no_grad():
+        model.wte.weight[10:] *= 50
+    uniforms = torch.rand(4, 50)
+    for temperature in (0, 1.0):
+        ids = torch.stack(
+            list(model.generate(torch.zeros(4, 1, dtype=torch.long), uniforms, temperature, n_ids=10))
+        )
+        assert ids.shape == (50, 4) and ids.max() < 10
+
+
+# ---- from ids to text
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.text(max_size=4), st.booleans())
+def test_a_stream_shows_the_text_up_to_stop(text, stop, inside):
+    if inside and text:
+        stop = text[len(text) // 2 :][:3]
+    tok = tokenizer.ByteTokenizer()
+    stream = TextStream(tok, stop)
+    shown = "".join([stream.add(i) for i in tok.encode(text).tolist()] + [stream.finish()])
+    assert shown == (text.partition(stop)[0] if stop else text)
+
+
+def test_a_stream_never_splits_a_character():
+    tok = tokenizer.ByteTokenizer()
+    stream = TextStream(tok)
+    pieces = [stream.add(i) for i in tok.encode("aé🙂b").tolist()]
+    assert pieces == ["a", "", "é", "", "", "", "🙂", "b"]
+
+
+def test_a_character_cut_off_by_the_end_is_marked():
+    stream = TextStream(tokenizer.ByteTokenizer())
+    assert [stream.add(0xC3), stream.finish()] == ["", "\ufffd"]
+
+
+@needs_gpt2_vocabulary
+def test_end_of_text_ends_a_sample():
+    stream = TextStream(tokenizer.GPT2Tokenizer())
+    assert stream.add(15496) == "Hello"
+    assert stream.add(50256) == "" and stream.ended and stream.add(995) == ""
+
+
+# ---- the script
+
+
+def test_the_same_seed_the_same_text(capsys, run_dir):
+    first = say(capsys, run_dir, "--seed=1", "--prompt=The").out
+    assert first.startswith("The") and len(first) == 3 + 500 + 1
+    assert say(capsys, run_dir, "--seed=1", "--prompt=The").out == first
+    assert say(capsys, run_dir, "--seed=2", "--prompt=The").out != first
+
+
+def test_a_sample_does_not_depend_on_how_many_there_are(run_dir):
+    model, meta = sample.load_model(run_dir / "best.safetensors", torch.device("cpu"))
+    tok = tokenizer.load(meta["tokenizer"])
+    texts = {
+        n: ["".join(t) for t in zip(*complete(model, tok, tok.encode("a"), SampleConfig(
+            num_samples=n, max_new_tokens=40)), strict=True)]
+        for n in (1, 5)
+    }
+    assert texts[5][0] == texts[1][0] and len(set(texts[5])) == 5
+
+
+def test_greedy_is_top_k_1(capsys, run_dir):
+    greedy = say(capsys, run_dir, "--temperature=0", "--max_new_tokens=50").out
+    assert say(capsys, run_dir, "--top_k=1", "--max_new_tokens=50", "--seed=5").out == greedy
+    assert say(capsys, run_dir, "--top_p=1e-9", "--max_new_tokens=50", "--seed=6").out == greedy
+
+
+def test_a_text_of_several_samples(capsys, run_dir):
+    out = say(capsys, run_dir, "--num_samples=3", "--max_new_tokens=20", "--prompt=It").out
+    assert out.count("-" * 80) == 3 and out.count("It") >= 3
+
+
+def test_stop_ends_a_sample(capsys, run_dir):
+    whole = say(capsys, run_dir, "--prompt=a", "--max_new_tokens=200").out[:-1]
+    stop = whole[100:103]
+    out = say(capsys, run_dir, "--prompt=a", "--max_new_tokens=200", f"--stop={stop}").out[:-1]
+    assert out == "a" + whole[1:].partition(stop)[0]
+
+
+def test_prompts_from_everywhere(capsys, run_dir, tmp_path):
+    (tmp_path / "start.txt").write_text("one\ntwo")
+    short = ("--max_new_tokens=1", "--temperature=0")
+    for prompt in (r"one\ntwo", f"FILE:{tmp_path / 'start.txt'}"):
+        assert say(capsys, run_dir, f"--prompt={prompt}", *short).out.startswith("one\ntwo")
+    done = script("sample.py", f"--checkpoint={run_dir}", "--prompt=-", *short, input="one\ntwo")
+    assert done.stdout.startswith("one\ntwo") and done.returncode == 0
+
+
+def test_a_prompt_longer_than_the_block_is_cropped_and_said(capsys, run_dir):
+    prompt = "the first words of this "
+    said = say(capsys, run_dir, f"--prompt={prompt}", "--max_new_tokens=30", "--temperature=0")
+    assert "of the prompt's 24 tokens the model sees the last 16" in said.err
+    cropped = say(capsys, run_dir, f"--prompt={prompt[-16:]}", "--max_new_tokens=30",
+                  "--temperature=0")
+    assert said.out.removeprefix(prompt) == cropped.out.removeprefix(prompt[-16:])
+
+
+def test_an_empty_prompt_begins_somewhere():
+    chars = tokenizer.CharTokenizer.train("a\nb")
+    assert sample.start_ids(chars, "", 0).tolist() == [0]
+    drawn = [sample.start_ids(tokenizer.CharTokenizer.train("abc"), "", s)[0] for s in range(20)]
+    assert set(drawn) == {0, 1, 2}
+
+
+def test_without_a_checkpoint_the_newest_run_speaks(capsys, run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to(run_dir.parent)
+    assert sample.main(["--max_new_tokens=5", "--device=cpu"]) == 0
+    assert "out/run/best.safetensors: iteration 20" in capsys.readouterr().err

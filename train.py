@@ -1,0 +1,922 @@
+"""Token bins in, a trained model out.
+
+    python train.py                                   the quick start: about a minute on a laptop
+    python train.py config/shakespeare_char.py        a recipe
+    python train.py config/shakespeare_char.py --batch_size=32 --max_seconds=600
+    python train.py --init_from=resume --out_dir=out/shakespeare_char
+    python train.py --init_from=out/mine/best.safetensors --dataset=mine      finetune
+    python train.py --init_from=out/mine/best.safetensors --dataset=mine --eval_only
+
+    window(seed, n) -> idx, targets (B, T) -> logits (B, T, V), loss -> AdamW
+        -> out/<run>/{ckpt,best}.safetensors, snapshots/, metrics.csv, loss.png
+
+Ctrl-C saves and ends the run with code 130, SIGTERM with 143; --init_from=resume goes on. Code 2 is
+a mistake in what was asked for, 3 a loss that is no longer a number, 1 a machine that failed.
+"""
+
+import csv
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import config
+from config import UserError
+from data import bins, tokenizer
+from data.tokenizer import Tokenizer
+from model import MODELS, GPTConfig, LanguageModel
+from sample import SampleConfig, complete, find_device, start_ids
+
+ROOT = Path(__file__).parent
+QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
+QUICK_START_SECONDS = 10  # to download its text, before it does without
+WARM_UP_SECONDS = 0.5  # at least one trial of forward and backward
+
+
+@dataclass
+class TrainConfig(GPTConfig):
+    model: Literal["gpt", "bigram"] = "gpt"  # bigram: the baseline, a table of (V, V) logits
+
+    # data
+    dataset: str = "shakespeare_char"  # a folder in data_dir; built by prepare.py where it can be
+    data_dir: str = "data"  # where data sets lie
+    batch_size: Annotated[int, "[1, inf)"] = 64  # sequences in an update, whatever the machine
+    micro_batch_size: Annotated[int, "[0, inf)"] = 0  # sequences held at a time; 0: all of them
+
+    # where it starts, where it goes
+    init_from: str = "scratch"  # scratch, resume, or a checkpoint to finetune
+    checkpoint: str = ""  # with resume: from this file rather than the run's latest
+    out_dir: str = "out/run"  # the run's folder; an older run there is moved aside
+    seed: Annotated[int, "[0, inf)"] = 1337  # of the weights, the windows and dropout
+
+    # when it ends: at whichever comes first
+    max_iters: Annotated[int, "[0, inf)"] = 5000  # updates; 0: until another condition is met
+    max_seconds: Annotated[float, "[0, inf)"] = 0.0  # of training, over all resumes; 0: no limit
+    target_train_loss: Annotated[float, "[0, inf)"] = 0.0  # at an evaluation; 0: none
+    target_val_loss: Annotated[float, "[0, inf)"] = 0.0  # at an evaluation; 0: none
+    patience: Annotated[int, "[0, inf)"] = 0  # evaluations without a new best; 0: no limit
+
+    # AdamW and its learning rate
+    learning_rate: Annotated[float, "(0, inf)"] = 6e-4  # at its peak
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # from the peak to min_lr
+    warmup_iters: Annotated[int, "[0, inf)"] = 100  # linear, from near 0 to the peak
+    lr_decay_iters: Annotated[int, "[0, inf)"] = 0  # where min_lr is reached; 0: at max_iters
+    min_lr: Annotated[float, "[0, inf)"] = 0.0  # where the schedule ends
+    weight_decay: Annotated[float, "[0, inf)"] = 0.1  # of matrices and embeddings
+    beta1: Annotated[float, "[0, 1)"] = 0.9  # AdamW's memory of the gradient
+    beta2: Annotated[float, "[0, 1)"] = 0.95  # and of its square
+    grad_clip: Annotated[float, "[0, inf)"] = 1.0  # largest norm of the gradient; 0: any
+
+    # evaluation, printing, saving
+    eval_interval: Annotated[int, "[1, inf)"] = 250  # updates between evaluations; each saves
+    eval_tokens: Annotated[int, "[1, inf)"] = 2**20  # of a larger split, this many
+    eval_only: bool = False  # evaluate what init_from names, write nothing
+    log_interval: Annotated[int, "[1, inf)"] = 10  # updates between lines in metrics.csv
+    snapshot_interval: Annotated[int, "[0, inf)"] = 0  # updates between kept checkpoints; 0: none
+    keep_snapshots: Annotated[int, "[0, inf)"] = 0  # the newest so many; 0: all
+    sample_interval: Annotated[int, "[0, inf)"] = 0  # updates between samples; 0: at the end only
+    sample_prompt: str = ""  # what they continue
+    num_samples: Annotated[int, "[0, inf)"] = 1  # how many, each time
+    sample_tokens: Annotated[int, "[1, inf)"] = 300  # length of each
+
+    # the machine
+    device: str = "auto"  # cuda, cuda:1, mps, cpu; auto: the first of them that is there
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
+    deterministic: bool = False  # the same bits on CUDA too, at some cost
+
+    def __post_init__(self):
+        super().__post_init__()
+        micro = self.micro_batch_size or self.batch_size
+        if self.batch_size % micro:
+            parts = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
+            near = min(parts, key=lambda m: abs(m - micro))
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide into micro_batch_size={micro}; "
+                f"micro_batch_size={near} or batch_size={-(-self.batch_size // micro) * micro} would"
+            )
+        ends = (self.max_seconds, self.target_train_loss, self.target_val_loss, self.patience)
+        if self.max_iters == 0 and not any(ends):
+            raise ValueError(
+                "max_iters=0 has no end: set max_seconds, target_train_loss, target_val_loss "
+                "or patience"
+            )
+        if self.max_iters == 0 and self.schedule != "constant" and self.lr_decay_iters == 0:
+            raise ValueError(
+                f"schedule={self.schedule} with max_iters=0 needs lr_decay_iters; "
+                "or schedule=constant"
+            )
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
+
+
+NANOGPT = {  # options of nanoGPT's that mean something else here, or nothing
+    "gradient_accumulation_steps": "batch_size counts all sequences of an update; "
+    "micro_batch_size says how many are held at a time",
+    "eval_iters": "evaluation reads the whole split, or eval_tokens of it",
+    "always_save_checkpoint": "every evaluation saves ckpt.safetensors, a better one best too",
+    "decay_lr": "write schedule=constant",
+    "backend": "it follows from the device",
+    "start": "write sample_prompt",
+    "max_new_tokens": "write sample_tokens",
+}
+METRICS = (
+    "iter_num tokens lr loss grad_norm train_loss val_loss val_bits_per_byte "
+    "tokens_per_second mfu train_seconds wall_seconds"
+).split()
+PEAK_FLOPS = {  # dense bfloat16 or float16, from the vendors' data sheets
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclass
+class Progress:
+    """How far a run has come; with the weights and the optimizer, all that a resume needs."""
+
+    iter_num: int = 0  # updates made
+    n: int = 0  # windows drawn: the next batch is window(seed, n) to window(seed, n + batch_size)
+    tokens: int = 0  # trained on
+    train_loss: float | None = None  # at the last evaluation, nats per token
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    evals_since_best: int = 0
+    eval_iter: int = 0  # when that was
+    train_seconds: float = 0.0  # without evaluation, saving and compilation
+    wall_seconds: float = 0.0  # with them
+
+
+@dataclass
+class Run:
+    """What training works on. Functions below take it whole and change it in place."""
+
+    cfg: TrainConfig  # nothing in it is "auto" any more
+    run_id: str
+    dataset: bins.Dataset
+    tok: Tokenizer
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
+    diverged: Tensor  # float32 (4,): flag, iter_num, loss, grad_norm of the first bad update
+    progress: Progress
+    clock: "Clock"
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer a number; the weights are those from before."""
+
+
+# ---- what was asked for -------------------------------------------------------------------------
+
+
+@config.script
+def main(argv: list[str]) -> int:
+    given = config.read(TrainConfig, argv, instead=NANOGPT)
+    tensors, meta, path = {}, {}, None
+    if given.get("init_from", "scratch") != "scratch":
+        path, given = starting_point(given)
+        tensors, meta = checkpoint.load(path)
+        given = adopt(given, meta, path)
+    elif not any(word.endswith(".py") for word in argv):
+        given = quick_start(given)
+    cfg = config.build(TrainConfig, given)
+    if cfg.checkpoint and cfg.init_from != "resume":
+        raise UserError(f"checkpoint={cfg.checkpoint} goes with --init_from=resume")
+
+    dataset = open_dataset(Path(cfg.data_dir), cfg.dataset)
+    check_dataset(cfg, dataset, meta, path)
+    if "vocab_size" not in given:
+        cfg = replace(cfg, vocab_size=dataset.vocab_size)
+    cfg = choose_machine(cfg, meta.get("threads"))
+    run = make_run(cfg, dataset, tensors, meta, path)
+    if cfg.eval_only:
+        describe(run)
+        print(f"{path or 'untrained'}: {evaluate_both(run)}")
+        return 0
+    with own_folder(Path(cfg.out_dir), new=cfg.init_from != "resume"):
+        return train(run)
+
+
+def quick_start(given: dict) -> dict:
+    """The options where no recipe is named: those of QUICK_START under the user's own.
+
+    Where the user names no data set either and the recipe's cannot be fetched within seconds,
+    the text is the Python language reference, which needs no download.
+    """
+    recipe = config.read(TrainConfig, [QUICK_START])
+    if "dataset" in given:
+        return {**recipe, "out_dir": f"out/{given['dataset']}", **given}
+    recipe["out_dir"] = "out/quickstart"
+    data_dir = Path(given.get("data_dir", TrainConfig.data_dir))
+    if not (data_dir / recipe["dataset"]).is_dir():
+        try:
+            prepare(data_dir, recipe["dataset"], timeout=QUICK_START_SECONDS)
+        except UserError as error:
+            reason = str(error).split(";")[0]
+            print(f"no tiny Shakespeare here: {reason}; training on pydocs, Python's own reference")
+            recipe["dataset"] = "pydocs"
+    return {**recipe, **given}
+
+
+def starting_point(given: dict) -> tuple[Path, dict]:
+    """The checkpoint that init_from means, and the options with the run's folder in them."""
+    if given["init_from"] != "resume":
+        return checkpoint.find(given["init_from"], (checkpoint.BEST, checkpoint.LATEST)), given
+    if "checkpoint" in given:
+        path = Path(given["checkpoint"])
+        folder = path.parent.parent if path.parent.name == checkpoint.SNAPSHOTS else path.parent
+    else:
+        folder = Path(given.get("out_dir") or checkpoint.newest_run(Path("out")))
+        path = folder / checkpoint.LATEST
+    return path, {"out_dir": str(folder), **given}
+
+
+def adopt(given: dict, meta: dict, path: Path) -> dict:
+    """`given` over a checkpoint's own options; what cannot change is refused by name."""
+    resuming = given["init_from"] == "resume"
+    saved = {"model": meta["model"], **meta["model_config"]}
+    fixed = [name for name in saved if name != "dropout"]
+    if resuming:
+        saved |= meta["run_config"]
+        fixed += ["dataset", "seed"]
+    for name in fixed:
+        if name in given and given[name] != saved[name]:
+            raise UserError(f"{name}={given[name]}, but {path} was made with {name}={saved[name]}")
+    return {**saved, **given}
+
+
+def open_dataset(data_dir: Path, name: str) -> bins.Dataset:
+    """The data set of that name, built first where prepare.py knows how."""
+    if not (data_dir / name).is_dir():
+        prepare(data_dir, name)
+    return bins.load(data_dir / name)
+
+
+def prepare(data_dir: Path, name: str, timeout: float | None = None) -> None:
+    """Run prepare.py; its error, or that it took longer than `timeout` seconds, as a UserError."""
+    command = [sys.executable, str(ROOT / "prepare.py"), name, f"--data_dir={data_dir}"]
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"it did not arrive within {timeout} seconds") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        raise UserError(lines[-1].removeprefix("error: "))
+
+
+def check_dataset(cfg: TrainConfig, dataset: bins.Dataset, meta: dict, path: Path | None) -> None:
+    """Refuse a data set that is too short, or not the one a checkpoint was trained with."""
+    shortest = 2 * (cfg.block_size + 1)
+    for split in (dataset.train, dataset.val):
+        if len(split.tokens) < shortest:
+            raise UserError(
+                f"{split.path} has {len(split.tokens)} tokens; two windows of block_size="
+                f"{cfg.block_size} need {shortest}: use a longer text or a smaller block_size"
+            )
+    if meta and meta["tokenizer"] != dataset.tokenizer:
+        raise UserError(f"the data set {dataset.folder} has another tokenizer than {path}")
+    if cfg.init_from == "resume" and meta["dataset"] != dataset.fingerprint:
+        raise UserError(f"the data set {dataset.folder} is not the one that {path} was trained on")
+    if cfg.vocab_size < dataset.vocab_size:
+        raise UserError(
+            f"vocab_size={cfg.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}"
+        )
+
+
+def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
+    """Decide what is left to "auto" and set torch up; `threads` are those of a resumed run."""
+    device = find_device(cfg.device)
+    cuda = device.type == "cuda"
+    dtype = cfg.dtype
+    if dtype == "auto" and cuda:
+        dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    elif dtype == "auto":
+        dtype = "float32"
+    if dtype == "float16" and not cuda:
+        raise UserError(f"dtype=float16 needs CUDA; on {device.type} write float32 or bfloat16")
+    if threads and device.type == "cpu":
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = True  # for what stays in float32
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    return replace(
+        cfg,
+        device=str(device),
+        dtype=dtype,
+        compile=cuda if cfg.compile == "auto" else cfg.compile,
+        micro_batch_size=cfg.micro_batch_size or cfg.batch_size,
+    )
+
+
+def make_run(
+    cfg: TrainConfig, dataset: bins.Dataset, tensors: dict[str, Tensor], meta: dict, path: Path
+) -> Run:
+    """Build the model and the optimizer, anew or from a checkpoint's tensors."""
+    torch.manual_seed(cfg.seed)
+    model = MODELS[cfg.model](GPTConfig(**model_config(cfg)))
+    if tensors:
+        checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
+    model.to(cfg.device)
+    progress, run_id = Progress(), uuid.uuid4().hex[:12]
+    if cfg.init_from == "resume":
+        progress, run_id = config.build(Progress, meta["progress"], str(path)), meta["run_id"]
+    run = Run(
+        cfg=cfg,
+        run_id=run_id,
+        dataset=dataset,
+        tok=tokenizer.load(dataset.tokenizer),
+        model=model,
+        optimizer=make_optimizer(model, cfg),
+        scaler=torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "float16"),
+        diverged=torch.zeros(4, device=cfg.device),
+        progress=progress,
+        clock=Clock(progress, cfg.device),
+    )
+    if cfg.init_from == "resume":
+        if meta["scaler"]:
+            run.scaler.load_state_dict(meta["scaler"])
+        checkpoint.restore(optimizer_tensors(run), tensors, "optimizer.", path)
+    start_ids(run.tok, cfg.sample_prompt, cfg.seed)  # an unknown character is said now
+    return run
+
+
+def model_config(cfg: TrainConfig) -> dict:
+    return {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
+
+
+@contextmanager
+def own_folder(out_dir: Path, new: bool) -> Iterator[None]:
+    """Hold a run's folder for this process alone; a new run moves an older one aside first."""
+    lock = filelock.FileLock(out_dir / ".lock", timeout=0)
+    try:
+        if new and out_dir.exists():
+            with lock:
+                bins.move_aside(out_dir)
+        if new:
+            out_dir.mkdir(parents=True)
+        lock.acquire()
+    except (filelock.Timeout, FileExistsError):
+        raise UserError(f"a run is going on in {out_dir}; choose another --out_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ---- the parts of a step ------------------------------------------------------------------------
+
+
+def make_optimizer(model: LanguageModel, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, fused; matrices and embeddings decay, biases and LayerNorms do not."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=cfg.learning_rate,
+        betas=(cfg.beta1, cfg.beta2),
+        fused=True,
+    )
+    for p in params:  # as the first step would, so that a checkpoint can be taken or restored now
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+def get_lr(iter_num: int, cfg: TrainConfig) -> float:
+    """The learning rate of update iter_num: linear warm-up, then the schedule down to min_lr."""
+    if iter_num < cfg.warmup_iters:
+        return cfg.learning_rate * (iter_num + 1) / (cfg.warmup_iters + 1)
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
+    decay_iters = (cfg.lr_decay_iters or cfg.max_iters) - cfg.warmup_iters
+    done = min(1.0, (iter_num - cfg.warmup_iters) / decay_iters) if decay_iters > 0 else 1.0
+    left = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - done
+    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
+
+
+def get_batch(run: Run, split: bins.Split, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The windows of a split that begin at `starts` (B,): idx and targets (B, T), on the device."""
+    batch = (torch.from_numpy(part) for part in split.batch(starts, run.cfg.block_size))
+    if run.cfg.device.startswith("cuda"):
+        batch = (part.pin_memory() for part in batch)
+    idx, targets = (part.to(run.cfg.device, non_blocking=True) for part in batch)
+    return idx, targets
+
+
+def autocast(run: Run):
+    if run.cfg.dtype == "float32":
+        return nullcontext()
+    device_type = torch.device(run.cfg.device).type
+    return torch.autocast(device_type, getattr(torch, run.cfg.dtype))
+
+
+def forward_backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
+    """Add the gradient of the mean loss of idx, targets (B, T) to .grad; return that loss."""
+    micro_steps = len(idx) // run.cfg.micro_batch_size
+    loss_sum = torch.zeros((), device=idx.device)
+    for micro_step, (x, y) in enumerate(
+        zip(idx.chunk(micro_steps), targets.chunk(micro_steps), strict=True)
+    ):
+        # dropout depends on the place in the run alone: nothing to store for a resume
+        torch.manual_seed(_mix_seed(run.cfg.seed, run.progress.iter_num, micro_step))
+        with autocast(run):
+            _, loss = run.model(x, y)
+        loss = loss / micro_steps
+        run.scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def _mix_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def update(run: Run) -> tuple[Tensor, Tensor]:
+    """Make update iter_num; return its loss and gradient norm, on the device.
+
+    Once either is not finite, `run.diverged` remembers it and this and every later update leaves
+    weights and moments as they are, without the host having to look.
+    """
+    cfg, progress = run.cfg, run.progress
+    for group in run.optimizer.param_groups:
+        group["lr"] = get_lr(progress.iter_num, cfg)
+    n = progress.n + np.arange(cfg.batch_size)
+    tokens = run.dataset.train.tokens
+    starts = bins.window(cfg.seed, n, len(tokens), cfg.block_size)
+    loss = forward_backward(run, *get_batch(run, run.dataset.train, starts))
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+    finite = loss.isfinite() if run.scaler.is_enabled() else (loss + norm).isfinite()
+    now = torch.stack([~finite, torch.full_like(loss, progress.iter_num), loss, norm])
+    run.diverged = torch.where(run.diverged[0] > 0, run.diverged, now)
+    if not run.scaler.is_enabled():  # a scaler sets this itself, and skips what overflows
+        run.optimizer.found_inf = run.diverged[0]
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    progress.iter_num += 1
+    progress.n += cfg.batch_size
+    progress.tokens += cfg.batch_size * cfg.block_size
+    return loss, norm
+
+
+def check_finite(run: Run) -> None:
+    """Raise Diverged when an update since the last call was not finite."""
+    flag, iter_num, loss, norm = run.diverged.tolist()
+    if flag:
+        lr = get_lr(int(iter_num), run.cfg)
+        raise Diverged(
+            f"training diverged at iteration {int(iter_num)}: loss {loss}, gradient norm {norm}, "
+            f"learning rate {lr:.3g}; the last checkpoint is from before. Try a lower learning_rate"
+        )
+
+
+@torch.inference_mode()
+def evaluate(run: Run, split: bins.Split, max_tokens: int) -> float:
+    """Mean loss over a split in nats per token, weighted by tokens; the same windows every time."""
+    cfg = run.cfg
+    starts = bins.eval_windows(len(split.tokens), cfg.block_size, max_tokens)
+    batch_size = cfg.micro_batch_size  # the one shape that compiled code sees
+    run.model.eval()
+    losses, counts = [], []
+    for i in range(0, len(starts), batch_size):
+        rows = starts[i : i + batch_size]
+        idx, targets = get_batch(run, split, np.resize(rows, batch_size))
+        targets[len(rows) :] = bins.IGNORED  # the last batch is filled up with rows that count not
+        with autocast(run):
+            losses.append(run.model(idx, targets)[1])
+        counts.append((targets != bins.IGNORED).sum())
+    run.model.train()
+    losses, counts = torch.stack(losses).cpu().double(), torch.stack(counts).cpu().double()
+    return float((losses * counts).sum() / counts.sum())
+
+
+def evaluate_both(run: Run) -> str:
+    """Evaluate both splits into `run.progress`; return the result in words."""
+    train, val, progress = run.dataset.train, run.dataset.val, run.progress
+    limit = min(run.cfg.eval_tokens, len(val.tokens))
+    progress.train_loss = evaluate(run, train, limit)
+    progress.val_loss = evaluate(run, val, limit)
+    progress.eval_iter = progress.iter_num
+    bits = bits_per_byte(run)
+    return f"train loss {progress.train_loss:.4f}, val loss {progress.val_loss:.4f}" + (
+        f" ({bits:.3f} bits per byte)" if bits else ""
+    )
+
+
+def bits_per_byte(run: Run) -> float | None:
+    """The validation loss in the unit that compares tokenizers; None where bytes are not known."""
+    val = run.dataset.val
+    if val.n_bytes is None:
+        return None
+    return run.progress.val_loss / math.log(2) * len(val.tokens) / val.n_bytes
+
+
+# ---- what a run leaves behind -------------------------------------------------------------------
+
+
+def is_due(run: Run, interval: int) -> bool:
+    return interval > 0 and run.progress.iter_num % interval == 0
+
+
+def optimizer_tensors(run: Run) -> dict[str, Tensor]:
+    """The optimizer's state by name: "exp_avg.h.0.attn.c_attn.weight", and so on."""
+    return {
+        f"{key}.{name}": tensor
+        for name, p in run.model.named_parameters()
+        for key, tensor in run.optimizer.state[p].items()
+    }
+
+
+def save(run: Run, best: bool) -> None:
+    cfg, progress = run.cfg, run.progress
+    check_finite(run)
+    tensors = {f"model.{name}": p for name, p in run.model.named_parameters()}
+    tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(run).items()}
+    of_model = model_config(cfg)
+    meta = {
+        "run_id": run.run_id,
+        "model": cfg.model,
+        "model_config": of_model,
+        "run_config": {k: v for k, v in asdict(cfg).items() if k not in of_model},
+        "tokenizer": run.tok.meta(),
+        "dataset": run.dataset.fingerprint,
+        "progress": asdict(progress),
+        "scaler": run.scaler.state_dict(),
+        "threads": torch.get_num_threads(),
+    }
+    snapshot = f"iter_{progress.iter_num:06d}" if is_due(run, cfg.snapshot_interval) else ""
+    checkpoint.save_run(Path(cfg.out_dir), tensors, meta, best, snapshot, cfg.keep_snapshots)
+
+
+class Log:
+    """metrics.csv, and beside it a progress bar on a terminal, or plain lines where there is none.
+
+    A row for every log and every evaluation, empty where nothing was measured.
+    """
+
+    def __init__(self, run: Run):
+        """Go on at the run's iteration; rows from beyond it, left by a kill, are dropped."""
+        self.run, self._logged = run, (run.progress.tokens, run.progress.train_seconds)
+        self._peak = peak_flops(run.cfg)
+        path = Path(run.cfg.out_dir) / "metrics.csv"
+        kept = [row for row in read_metrics(path) if int(row["iter_num"]) <= run.progress.iter_num]
+        partial = path.with_name(path.name + ".partial")
+        self._file = open(partial, "w", newline="", encoding="utf-8")
+        self._csv = csv.DictWriter(self._file, METRICS, lineterminator="\n")
+        self._csv.writeheader()
+        self._csv.writerows(kept)
+        self._file.flush()
+        os.replace(partial, path)
+        self.bar = tqdm(
+            initial=run.progress.iter_num,
+            total=run.cfg.max_iters or None,
+            unit="it",
+            dynamic_ncols=True,
+            disable=None,
+        )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self._file.close()
+
+    def update(self, loss: Tensor, norm: Tensor) -> None:
+        """Log the update just made. This is where the host waits for the device."""
+        run, progress = self.run, self.run.progress
+        loss, norm, lr = loss.item(), norm.item(), get_lr(progress.iter_num - 1, run.cfg)
+        check_finite(run)
+        run.clock.read()
+        tokens, seconds = progress.tokens - self._logged[0], progress.train_seconds - self._logged[1]
+        self._logged = (progress.tokens, progress.train_seconds)
+        speed = tokens / seconds
+        mfu = speed * run.model.flops_per_token() / self._peak if self._peak else None
+        self._write(lr=lr, loss=loss, grad_norm=norm, tokens_per_second=round(speed), mfu=mfu)
+        shown = f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
+        shown += f", {mfu:.1%} MFU" if mfu else ""
+        if self.bar.disable:
+            print(f"iter {progress.iter_num:,}: {shown}, {progress.train_seconds:.1f} s", flush=True)
+        else:
+            self.bar.set_postfix_str(shown, refresh=False)
+
+    def evaluation(self, words: str) -> None:
+        progress = self.run.progress
+        self._write(
+            train_loss=progress.train_loss,
+            val_loss=progress.val_loss,
+            val_bits_per_byte=bits_per_byte(self.run),
+        )
+        clocks = f"{progress.train_seconds:.1f} s training, {progress.wall_seconds:.1f} s in all"
+        self.say(f"iter {progress.iter_num:,}: {words}; {clocks}")
+
+    def say(self, words: str) -> None:
+        tqdm.write(words)
+        sys.stdout.flush()
+
+    def _write(self, **measured: float | None) -> None:
+        progress = self.run.progress
+        row = {
+            "iter_num": progress.iter_num,
+            "tokens": progress.tokens,
+            "train_seconds": round(progress.train_seconds, 3),
+            "wall_seconds": round(progress.wall_seconds, 3),
+            **measured,
+        }
+        self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["wall_seconds"]]
+
+
+def baseline(run: Run) -> float:
+    """The validation loss of a bigram model that only counts."""
+    data = run.dataset
+    return bins.bigram_loss(data.train.tokens, data.val.tokens, data.vocab_size)
+
+
+def first_word(run: Run) -> str:
+    """A prompt to try: the first word of the validation text."""
+    start = run.tok.decode(run.dataset.val.tokens[:500].tolist())
+    return next(iter(re.findall(r"\w{2,}", start)), "")
+
+
+def draw_losses(out_dir: Path, baseline: float) -> None:
+    """Draw metrics.csv as loss.png: nats per token against updates."""
+    from matplotlib.figure import Figure  # takes half a second: not before it is needed
+
+    rows = read_metrics(out_dir / "metrics.csv")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="updates (iter_num)", ylabel="loss (nats per token)")
+    for column, style in {
+        "loss": {"color": "0.75", "label": "training, each batch"},
+        "train_loss": {"color": "C0", "marker": "o", "label": "training, evaluated"},
+        "val_loss": {"color": "C1", "marker": "o", "label": "validation"},
+    }.items():
+        points = [(int(row["iter_num"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), markersize=4, **style)
+    axes.axhline(baseline, color="0.3", linestyle="--", linewidth=1, label="bigram, from counts")
+    axes.set_title(out_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = out_dir / "loss.png.partial"
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, out_dir / "loss.png")
+
+
+def print_samples(run: Run) -> None:
+    """Print num_samples texts that the model makes as it is now."""
+    cfg = run.cfg
+    options = SampleConfig(
+        num_samples=cfg.num_samples, max_new_tokens=cfg.sample_tokens, seed=cfg.seed
+    )
+    ids = start_ids(run.tok, cfg.sample_prompt, cfg.seed)
+    run.model.eval()
+    with autocast(run):
+        texts = ["".join(parts) for parts in zip(*complete(run.model, run.tok, ids, options))]
+    run.model.train()
+    for text in texts:
+        tqdm.write(f"--- sample at iteration {run.progress.iter_num:,}\n{cfg.sample_prompt}{text}")
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Keeps a run's two times: training, which stands still between stop() and start(), and wall."""
+
+    def __init__(self, progress: Progress, device: str):
+        self._progress, self._device, self._since = progress, device, None
+        self._wall_start = time.perf_counter() - progress.wall_seconds
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize(self._device)
+        self.read()
+        self._since = None
+
+    def read(self) -> None:
+        """Bring train_seconds and wall_seconds up to now."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._progress.train_seconds += now - self._since
+            self._since = now
+        self._progress.wall_seconds = now - self._wall_start
+
+
+class StopSignals:
+    """Within it SIGINT and SIGTERM interrupt nothing: `caught` says which came; the loop looks."""
+
+    caught: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _catch(self, number: int, frame: object) -> None:
+        self.caught = signal.Signals(number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def describe(run: Run) -> None:
+    """Print on what machine, on what data, and what model is to be trained."""
+    cfg, data, model = run.cfg, run.dataset, run.model
+    device = torch.device(cfg.device)
+    threads = f"{torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    how = "compiled" if cfg.compile else "eager"
+    print(f"machine: {device} ({machine}), {cfg.dtype}, {how}")
+    print(
+        f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids, "
+        f"{len(data.train.tokens):,} to train on, {len(data.val.tokens):,} to validate"
+    )
+    shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, block {cfg.block_size}"
+    memory = 16 * model.n_params() / 2**20  # float32: weight, gradient and AdamW's two moments
+    print(
+        f"model:   {shape if cfg.model == 'gpt' else 'bigram'}: {model.n_params():,} parameters, "
+        f"{memory:,.0f} MiB with their gradients and AdamW, "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
+    )
+
+
+def plan(run: Run) -> None:
+    """Print how much training there is to do and, from a trial of the first windows, how long."""
+    cfg, progress = run.cfg, run.progress
+    seconds = warm_up(run)
+    size = f"{cfg.batch_size} x {cfg.block_size} tokens"
+    if cfg.max_iters:
+        left = max(0, cfg.max_iters - progress.iter_num)
+        tokens = left * cfg.batch_size * cfg.block_size
+        epochs = tokens / len(run.dataset.train.tokens)
+        expected = left * seconds
+        if cfg.max_seconds:
+            expected = min(expected, max(0.0, cfg.max_seconds - progress.train_seconds))
+        print(
+            f"plan:    {left:,} updates of {size}, {tokens:,} in all ({epochs:.1f} epochs): "
+            f"about {in_words(expected)} of training",
+            flush=True,
+        )
+    else:
+        print(f"plan:    updates of {size}, {seconds:.2g} s each, until a condition ends it")
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def warm_up(run: Run) -> float:
+    """Seconds that an update will take, tried without touching the weights; compiles on the way."""
+    cfg = run.cfg
+    train, size = run.dataset.train, cfg.micro_batch_size
+    starts = bins.window(cfg.seed, np.arange(size), len(train.tokens), cfg.block_size)
+    fastest, began = math.inf, time.perf_counter()
+    while time.perf_counter() - began < WARM_UP_SECONDS:
+        trial = Progress()
+        clock = Clock(trial, cfg.device)
+        clock.start()
+        forward_backward(run, *get_batch(run, train, starts))
+        clock.stop()
+        fastest = min(fastest, trial.train_seconds)
+    run.optimizer.zero_grad(set_to_none=True)
+    return fastest * cfg.batch_size / size
+
+
+def peak_flops(cfg: TrainConfig) -> float | None:
+    """The device's peak in half precision, where it is known and used."""
+    if not cfg.device.startswith("cuda") or cfg.dtype == "float32":
+        return None
+    name = torch.cuda.get_device_name(cfg.device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def why_stop(run: Run) -> str:
+    """What ends the run now, in words; empty while nothing does."""
+    cfg, progress = run.cfg, run.progress
+    train_loss, val_loss = progress.train_loss, progress.val_loss
+    run.clock.read()
+    if cfg.max_iters and progress.iter_num >= cfg.max_iters:
+        return f"max_iters={cfg.max_iters} reached"
+    if cfg.max_seconds and progress.train_seconds >= cfg.max_seconds:
+        return f"max_seconds={cfg.max_seconds:g} reached"
+    if train_loss is not None and train_loss <= cfg.target_train_loss:
+        return f"target_train_loss={cfg.target_train_loss:g} reached"
+    if val_loss is not None and val_loss <= cfg.target_val_loss:
+        return f"target_val_loss={cfg.target_val_loss:g} reached"
+    if cfg.patience and progress.evals_since_best >= cfg.patience:
+        return f"patience={cfg.patience}: no better validation loss in so many evaluations"
+    return ""
+
+
+def evaluate_and_save(run: Run, log: Log) -> None:
+    progress = run.progress
+    check_finite(run)
+    words = evaluate_both(run)
+    best = progress.best_val_loss is None or progress.val_loss < progress.best_val_loss
+    if best:
+        progress.best_val_loss = progress.val_loss
+    progress.evals_since_best = 0 if best else progress.evals_since_best + 1
+    run.clock.read()
+    log.evaluation(words)
+    save(run, best)
+
+
+def train(run: Run) -> int:
+    """Train until a condition, a signal or a loss that is no number; return the exit code."""
+    cfg, progress, clock = run.cfg, run.progress, run.clock
+    out_dir = Path(cfg.out_dir)
+    describe(run)
+    if cfg.compile:
+        run.model.compile()
+    with StopSignals() as stop:
+        plan(run)
+        try:
+            with Log(run) as log:
+                clock.start()
+                while not (why := why_stop(run)) and not stop.caught:
+                    loss, norm = update(run)
+                    log.bar.update()
+                    if is_due(run, cfg.log_interval):
+                        log.update(loss, norm)
+                    if is_due(run, cfg.eval_interval):
+                        clock.stop()
+                        evaluate_and_save(run, log)
+                        clock.start()
+                    elif is_due(run, cfg.snapshot_interval):
+                        clock.stop()
+                        save(run, best=False)
+                        clock.start()
+                    if is_due(run, cfg.sample_interval):
+                        clock.stop()
+                        print_samples(run)
+                        clock.start()
+                clock.stop()
+                if stop.caught:
+                    save(run, best=False)
+                elif progress.eval_iter != progress.iter_num:
+                    evaluate_and_save(run, log)
+        except Diverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 3
+        finally:
+            draw_losses(out_dir, baseline(run))
+    if stop.caught:
+        name, code = stop.caught.name, 128 + stop.caught
+        print(f"stopped by {name} after {progress.iter_num:,} updates; everything is saved")
+        print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
+        return code
+    print(f"done:    {why} after {progress.iter_num:,} updates")
+    print_samples(run)
+    print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
+    print(f"next:    python sample.py --prompt \"{first_word(run)}\"")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
