@@ -206,7 +206,9 @@ def newest_run(parent: Path) -> Path:
     """The folder in `parent` whose run saved last; UserError where there is none."""
     saved = [p for p in parent.glob(f"*/{LATEST}") if p.is_file()]
     if not saved:
-        raise UserError(f"no run in {parent}/ has saved a checkpoint yet; python train.py makes one")
+        raise UserError(
+            f"no run in {parent}/ has saved a checkpoint yet; python train.py makes one"
+        )
     return max(saved, key=lambda p: p.stat().st_mtime).parent
 
 

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     # the model; the defaults are GPT-2 (124M)
-    n_layer: Annotated[int, "[1, inf)"] = 12  # blocks, one after the other
-    n_head: Annotated[int, "[1, inf)"] = 12  # attention heads in a block
-    n_embd: Annotated[int, "[1, inf)"] = 768  # width of the residual stream
-    block_size: Annotated[int, "[1, inf)"] = 1024  # longest context, in tokens
-    vocab_size: Annotated[int, "[1, inf)"] = 50257  # ids; train.py takes the data set's
+    n_layer: Annotated[int, "[1, 1000]"] = 12  # blocks, one after the other
+    n_head: Annotated[int, "[1, 1000]"] = 12  # attention heads in a block
+    n_embd: Annotated[int, "[1, 1e5]"] = 768  # width of the residual stream
+    block_size: Annotated[int, "[1, 1e7]"] = 1024  # longest context, in tokens
+    vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # ids; train.py takes the data set's
     dropout: Annotated[float, "[0, 1)"] = 0.0  # share dropped of the embedding and sublayers
     bias: bool = True  # in linear layers and LayerNorms
 
@@ -91,6 +91,10 @@ class LanguageModel(nn.Module):
 
     def flops_per_token(self) -> int:
         """Floating-point operations that training spends on a token, forward and backward."""
+        raise NotImplementedError
+
+    def activations_per_token(self) -> int:
+        """Numbers that forward keeps for backward, roughly."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -182,6 +186,10 @@ class GPT(LanguageModel):
         weights += self.lm_head.weight.numel()
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
+    def activations_per_token(self) -> int:
+        """Of a block 16 times its width, and the logits, their softmax and their gradient."""
+        return 16 * self.config.n_layer * self.config.n_embd + 3 * self.config.vocab_size
+
 
 class Bigram(LanguageModel):
     """The next token from the last one alone: a table of logits, (V, V). Beat this first."""
@@ -200,6 +208,9 @@ class Bigram(LanguageModel):
     def flops_per_token(self) -> int:
         """None to speak of: a row is looked up, and its gradient added."""
         return 0
+
+    def activations_per_token(self) -> int:
+        return 3 * self.config.vocab_size
 
 
 MODELS = {"gpt": GPT, "bigram": Bigram}

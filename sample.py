@@ -32,6 +32,9 @@ from model import MODELS, GPTConfig, LanguageModel
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
+NANOGPT = {"start": "write prompt", "out_dir": "write checkpoint"}  # what it calls them
+
+
 @dataclass
 class SampleConfig:
     # what speaks
@@ -53,7 +56,7 @@ class SampleConfig:
 
 @config.script
 def main(argv: list[str]) -> None:
-    options = config.build(SampleConfig, config.read(SampleConfig, argv))
+    options = config.build(SampleConfig, config.read(SampleConfig, argv, instead=NANOGPT))
     device = find_device(options.device)
     prompt = read_prompt(options.prompt)
     path = find_checkpoint(options.checkpoint)
@@ -66,7 +69,9 @@ def main(argv: list[str]) -> None:
     loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
     print(f"{path}: iteration {progress['iter_num']}{loss}; {device}", file=sys.stderr)
     if len(ids) > (longest := model.config.block_size):
-        print(f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr)
+        print(
+            f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr
+        )
 
     options.stop = unescape(options.stop)
     pieces = complete(model, tok, ids, options)

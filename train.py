@@ -14,7 +14,6 @@ Ctrl-C saves and ends the run with code 130, SIGTERM with 143; --init_from=resum
 a mistake in what was asked for, 3 a loss that is no longer a number, 1 a machine that failed.
 """
 
-import csv
 import math
 import os
 import re
@@ -24,7 +23,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,10 +32,10 @@ import filelock
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import config
+import metrics
 from config import UserError
 from data import bins, tokenizer
 from data.tokenizer import Tokenizer
@@ -46,7 +45,8 @@ from sample import SampleConfig, complete, find_device, start_ids
 ROOT = Path(__file__).parent
 QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
 QUICK_START_SECONDS = 10  # to download its text, before it does without
-WARM_UP_SECONDS = 0.5  # at least one trial of forward and backward
+BFLOAT16_WIDTH = 256  # from this n_embd on bfloat16 is faster on CPUs that multiply it (README)
+WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever ends first
 
 
 @dataclass
@@ -105,11 +105,11 @@ class TrainConfig(GPTConfig):
         super().__post_init__()
         micro = self.micro_batch_size or self.batch_size
         if self.batch_size % micro:
-            parts = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
-            near = min(parts, key=lambda m: abs(m - micro))
+            parts = [m for m in range(1, micro) if self.batch_size % m == 0]
+            more = (self.batch_size // micro + 1) * micro
             raise ValueError(
                 f"batch_size={self.batch_size} does not divide into micro_batch_size={micro}; "
-                f"micro_batch_size={near} or batch_size={-(-self.batch_size // micro) * micro} would"
+                f"micro_batch_size={parts[-1]} or batch_size={more} would"
             )
         ends = (self.max_seconds, self.target_train_loss, self.target_val_loss, self.patience)
         if self.max_iters == 0 and not any(ends):
@@ -122,6 +122,8 @@ class TrainConfig(GPTConfig):
                 f"schedule={self.schedule} with max_iters=0 needs lr_decay_iters; "
                 "or schedule=constant"
             )
+        if self.checkpoint and self.init_from != "resume":
+            raise ValueError(f"checkpoint={self.checkpoint} goes with --init_from=resume")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
 
@@ -135,22 +137,6 @@ NANOGPT = {  # options of nanoGPT's that mean something else here, or nothing
     "backend": "it follows from the device",
     "start": "write sample_prompt",
     "max_new_tokens": "write sample_tokens",
-}
-METRICS = (
-    "iter_num tokens lr loss grad_norm train_loss val_loss val_bits_per_byte "
-    "tokens_per_second mfu train_seconds wall_seconds"
-).split()
-PEAK_FLOPS = {  # dense bfloat16 or float16, from the vendors' data sheets
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-    "T4": 65e12,
 }
 
 
@@ -170,9 +156,34 @@ class Progress:
     wall_seconds: float = 0.0  # with them
 
 
+class Clock:
+    """Keeps a run's two times; that of training stands still between stop() and start()."""
+
+    def __init__(self, progress: Progress, device: str):
+        self._progress, self._device, self._since = progress, device, None
+        self._wall_start = time.perf_counter() - progress.wall_seconds
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize(self._device)
+        self.read()
+        self._since = None
+
+    def read(self) -> None:
+        """Bring train_seconds and wall_seconds up to now."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._progress.train_seconds += now - self._since
+            self._since = now
+        self._progress.wall_seconds = now - self._wall_start
+
+
 @dataclass
 class Run:
-    """What training works on. Functions below take it whole and change it in place."""
+    """What training works on; the functions below change it in place."""
 
     cfg: TrainConfig  # nothing in it is "auto" any more
     run_id: str
@@ -183,7 +194,7 @@ class Run:
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
     diverged: Tensor  # float32 (4,): flag, iter_num, loss, grad_norm of the first bad update
     progress: Progress
-    clock: "Clock"
+    clock: Clock
 
 
 class Diverged(Exception):
@@ -196,7 +207,7 @@ class Diverged(Exception):
 @config.script
 def main(argv: list[str]) -> int:
     given = config.read(TrainConfig, argv, instead=NANOGPT)
-    tensors, meta, path = {}, {}, None
+    path, tensors, meta = None, {}, {}
     if given.get("init_from", "scratch") != "scratch":
         path, given = starting_point(given)
         tensors, meta = checkpoint.load(path)
@@ -204,17 +215,16 @@ def main(argv: list[str]) -> int:
     elif not any(word.endswith(".py") for word in argv):
         given = quick_start(given)
     cfg = config.build(TrainConfig, given)
-    if cfg.checkpoint and cfg.init_from != "resume":
-        raise UserError(f"checkpoint={cfg.checkpoint} goes with --init_from=resume")
-
-    dataset = open_dataset(Path(cfg.data_dir), cfg.dataset)
-    check_dataset(cfg, dataset, meta, path)
+    if not (Path(cfg.data_dir) / cfg.dataset).is_dir():
+        prepare(cfg.data_dir, cfg.dataset)
+    dataset = bins.load(Path(cfg.data_dir) / cfg.dataset)
     if "vocab_size" not in given:
         cfg = replace(cfg, vocab_size=dataset.vocab_size)
+    check_dataset(cfg, dataset, meta, path)
     cfg = choose_machine(cfg, meta.get("threads"))
     run = make_run(cfg, dataset, tensors, meta, path)
+    describe(run)
     if cfg.eval_only:
-        describe(run)
         print(f"{path or 'untrained'}: {evaluate_both(run)}")
         return 0
     with own_folder(Path(cfg.out_dir), new=cfg.init_from != "resume"):
@@ -231,8 +241,8 @@ def quick_start(given: dict) -> dict:
     if "dataset" in given:
         return {**recipe, "out_dir": f"out/{given['dataset']}", **given}
     recipe["out_dir"] = "out/quickstart"
-    data_dir = Path(given.get("data_dir", TrainConfig.data_dir))
-    if not (data_dir / recipe["dataset"]).is_dir():
+    data_dir = given.get("data_dir", TrainConfig.data_dir)
+    if not (Path(data_dir) / recipe["dataset"]).is_dir():
         try:
             prepare(data_dir, recipe["dataset"], timeout=QUICK_START_SECONDS)
         except UserError as error:
@@ -242,8 +252,20 @@ def quick_start(given: dict) -> dict:
     return {**recipe, **given}
 
 
+def prepare(data_dir: str, name: str, timeout: float | None = None) -> None:
+    """Run prepare.py; its error, or that it took longer than `timeout` seconds, as a UserError."""
+    command = [sys.executable, str(ROOT / "prepare.py"), name, f"--data_dir={data_dir}"]
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"it did not arrive within {timeout} seconds") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["prepare.py gave no reason"]
+        raise UserError(lines[-1].removeprefix("error: "))
+
+
 def starting_point(given: dict) -> tuple[Path, dict]:
-    """The checkpoint that init_from means, and the options with the run's folder in them."""
+    """The checkpoint that init_from means, and the options with a resumed run's folder in them."""
     if given["init_from"] != "resume":
         return checkpoint.find(given["init_from"], (checkpoint.BEST, checkpoint.LATEST)), given
     if "checkpoint" in given:
@@ -257,10 +279,9 @@ def starting_point(given: dict) -> tuple[Path, dict]:
 
 def adopt(given: dict, meta: dict, path: Path) -> dict:
     """`given` over a checkpoint's own options; what cannot change is refused by name."""
-    resuming = given["init_from"] == "resume"
     saved = {"model": meta["model"], **meta["model_config"]}
     fixed = [name for name in saved if name != "dropout"]
-    if resuming:
+    if given["init_from"] == "resume":
         saved |= meta["run_config"]
         fixed += ["dataset", "seed"]
     for name in fixed:
@@ -269,27 +290,8 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
     return {**saved, **given}
 
 
-def open_dataset(data_dir: Path, name: str) -> bins.Dataset:
-    """The data set of that name, built first where prepare.py knows how."""
-    if not (data_dir / name).is_dir():
-        prepare(data_dir, name)
-    return bins.load(data_dir / name)
-
-
-def prepare(data_dir: Path, name: str, timeout: float | None = None) -> None:
-    """Run prepare.py; its error, or that it took longer than `timeout` seconds, as a UserError."""
-    command = [sys.executable, str(ROOT / "prepare.py"), name, f"--data_dir={data_dir}"]
-    try:
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"it did not arrive within {timeout} seconds") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no reason given"]
-        raise UserError(lines[-1].removeprefix("error: "))
-
-
 def check_dataset(cfg: TrainConfig, dataset: bins.Dataset, meta: dict, path: Path | None) -> None:
-    """Refuse a data set that is too short, or not the one a checkpoint was trained with."""
+    """Refuse a data set that is too short, or not the one that a checkpoint goes with."""
     shortest = 2 * (cfg.block_size + 1)
     for split in (dataset.train, dataset.val):
         if len(split.tokens) < shortest:
@@ -297,14 +299,14 @@ def check_dataset(cfg: TrainConfig, dataset: bins.Dataset, meta: dict, path: Pat
                 f"{split.path} has {len(split.tokens)} tokens; two windows of block_size="
                 f"{cfg.block_size} need {shortest}: use a longer text or a smaller block_size"
             )
-    if meta and meta["tokenizer"] != dataset.tokenizer:
-        raise UserError(f"the data set {dataset.folder} has another tokenizer than {path}")
-    if cfg.init_from == "resume" and meta["dataset"] != dataset.fingerprint:
-        raise UserError(f"the data set {dataset.folder} is not the one that {path} was trained on")
     if cfg.vocab_size < dataset.vocab_size:
         raise UserError(
             f"vocab_size={cfg.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}"
         )
+    if meta and meta["tokenizer"] != dataset.tokenizer:
+        raise UserError(f"the data set {dataset.folder} has another tokenizer than {path}")
+    if cfg.init_from == "resume" and meta["dataset"] != dataset.fingerprint:
+        raise UserError(f"the data set {dataset.folder} is not the one that {path} was trained on")
 
 
 def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
@@ -315,7 +317,8 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
     if dtype == "auto" and cuda:
         dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     elif dtype == "auto":
-        dtype = "float32"
+        multiplies = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+        dtype = "bfloat16" if multiplies and cfg.n_embd >= BFLOAT16_WIDTH else "float32"
     if dtype == "float16" and not cuda:
         raise UserError(f"dtype=float16 needs CUDA; on {device.type} write float32 or bfloat16")
     if threads and device.type == "cpu":
@@ -334,20 +337,26 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
 
 
 def make_run(
-    cfg: TrainConfig, dataset: bins.Dataset, tensors: dict[str, Tensor], meta: dict, path: Path
+    cfg: TrainConfig,
+    dataset: bins.Dataset,
+    tensors: dict[str, Tensor],
+    meta: dict,
+    path: Path | None,
 ) -> Run:
-    """Build the model and the optimizer, anew or from a checkpoint's tensors."""
+    """Build the model and the optimizer, anew or from the checkpoint at `path`."""
+    kind, of_model = MODELS[cfg.model], GPTConfig(**model_config(cfg))
+    with torch.device("meta"):
+        check_memory(cfg, kind(of_model))
     torch.manual_seed(cfg.seed)
-    model = MODELS[cfg.model](GPTConfig(**model_config(cfg)))
+    model = kind(of_model)
     if tensors:
         checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
     model.to(cfg.device)
-    progress, run_id = Progress(), uuid.uuid4().hex[:12]
-    if cfg.init_from == "resume":
-        progress, run_id = config.build(Progress, meta["progress"], str(path)), meta["run_id"]
+    resuming = cfg.init_from == "resume"
+    progress = config.build(Progress, meta["progress"], str(path)) if resuming else Progress()
     run = Run(
         cfg=cfg,
-        run_id=run_id,
+        run_id=meta["run_id"] if resuming else uuid.uuid4().hex[:12],
         dataset=dataset,
         tok=tokenizer.load(dataset.tokenizer),
         model=model,
@@ -357,16 +366,34 @@ def make_run(
         progress=progress,
         clock=Clock(progress, cfg.device),
     )
-    if cfg.init_from == "resume":
+    if resuming:
+        checkpoint.restore(optimizer_tensors(run), tensors, "optimizer.", path)
         if meta["scaler"]:
             run.scaler.load_state_dict(meta["scaler"])
-        checkpoint.restore(optimizer_tensors(run), tensors, "optimizer.", path)
     start_ids(run.tok, cfg.sample_prompt, cfg.seed)  # an unknown character is said now
     return run
 
 
 def model_config(cfg: TrainConfig) -> dict:
     return {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
+
+
+def memory_needed(cfg: TrainConfig, model: LanguageModel) -> int:
+    """Bytes, roughly: weights, gradients and AdamW's moments, and a micro batch's activations."""
+    tokens = cfg.micro_batch_size * cfg.block_size
+    return 16 * model.n_params() + 4 * tokens * model.activations_per_token()
+
+
+def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
+    if cfg.device.startswith("cuda"):
+        there = torch.cuda.mem_get_info(cfg.device)[1]
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (needed := memory_needed(cfg, model)) > there:
+        raise UserError(
+            f"this takes about {needed / 2**30:,.0f} GiB and {cfg.device} has "
+            f"{there / 2**30:,.0f}: use a smaller model, micro_batch_size or block_size"
+        )
 
 
 @contextmanager
@@ -388,7 +415,7 @@ def own_folder(out_dir: Path, new: bool) -> Iterator[None]:
         lock.release()
 
 
-# ---- the parts of a step ------------------------------------------------------------------------
+# ---- an update ----------------------------------------------------------------------------------
 
 
 def make_optimizer(model: LanguageModel, cfg: TrainConfig) -> torch.optim.AdamW:
@@ -434,54 +461,51 @@ def get_batch(run: Run, split: bins.Split, starts: np.ndarray) -> tuple[Tensor, 
     return idx, targets
 
 
-def autocast(run: Run):
-    if run.cfg.dtype == "float32":
-        return nullcontext()
-    device_type = torch.device(run.cfg.device).type
-    return torch.autocast(device_type, getattr(torch, run.cfg.dtype))
+def autocast(run: Run) -> torch.autocast:
+    device_type, dtype = torch.device(run.cfg.device).type, getattr(torch, run.cfg.dtype)
+    return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
-def forward_backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
-    """Add the gradient of the mean loss of idx, targets (B, T) to .grad; return that loss."""
-    micro_steps = len(idx) // run.cfg.micro_batch_size
-    loss_sum = torch.zeros((), device=idx.device)
-    for micro_step, (x, y) in enumerate(
-        zip(idx.chunk(micro_steps), targets.chunk(micro_steps), strict=True)
-    ):
-        # dropout depends on the place in the run alone: nothing to store for a resume
-        torch.manual_seed(_mix_seed(run.cfg.seed, run.progress.iter_num, micro_step))
+def forward_backward(run: Run, n: int, count: int) -> Tensor:
+    """Add the gradient of the mean loss over windows n to n + count to .grad; return that loss."""
+    cfg, train = run.cfg, run.dataset.train
+    micro_steps = count // cfg.micro_batch_size
+    loss_sum = torch.zeros((), device=cfg.device)
+    for micro_step in range(micro_steps):
+        rows = n + micro_step * cfg.micro_batch_size + np.arange(cfg.micro_batch_size)
+        starts = bins.window(cfg.seed, rows, len(train.tokens), cfg.block_size)
+        idx, targets = get_batch(run, train, starts)
+        # dropout follows from the place in the run alone: a resume has nothing to restore
+        place = np.random.SeedSequence((cfg.seed, run.progress.iter_num, micro_step))
+        torch.manual_seed(int(place.generate_state(1)[0]))
         with autocast(run):
-            _, loss = run.model(x, y)
+            _, loss = run.model(idx, targets)
         loss = loss / micro_steps
         run.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     return loss_sum
 
 
-def _mix_seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def update(run: Run) -> tuple[Tensor, Tensor]:
     """Make update iter_num; return its loss and gradient norm, on the device.
 
-    Once either is not finite, `run.diverged` remembers it and this and every later update leaves
+    Once either is not finite, `run.diverged` remembers it, and this and every later update leaves
     weights and moments as they are, without the host having to look.
     """
     cfg, progress = run.cfg, run.progress
     for group in run.optimizer.param_groups:
         group["lr"] = get_lr(progress.iter_num, cfg)
-    n = progress.n + np.arange(cfg.batch_size)
-    tokens = run.dataset.train.tokens
-    starts = bins.window(cfg.seed, n, len(tokens), cfg.block_size)
-    loss = forward_backward(run, *get_batch(run, run.dataset.train, starts))
+    loss = forward_backward(run, progress.n, cfg.batch_size)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-    finite = loss.isfinite() if run.scaler.is_enabled() else (loss + norm).isfinite()
-    now = torch.stack([~finite, torch.full_like(loss, progress.iter_num), loss, norm])
+    if run.scaler.is_enabled():  # float16: a gradient that overflows is skipped, not a divergence
+        bad = ~loss.isfinite()
+    else:
+        bad = ~(loss + norm).isfinite()
+    now = torch.stack([bad, torch.full_like(loss, progress.iter_num), loss, norm])
     run.diverged = torch.where(run.diverged[0] > 0, run.diverged, now)
-    if not run.scaler.is_enabled():  # a scaler sets this itself, and skips what overflows
-        run.optimizer.found_inf = run.diverged[0]
+    if not run.scaler.is_enabled():
+        run.optimizer.found_inf = run.diverged[0]  # fused AdamW does nothing where this is 1
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -492,33 +516,35 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def check_finite(run: Run) -> None:
-    """Raise Diverged when an update since the last call was not finite."""
+    """Raise Diverged when an update was not finite."""
     flag, iter_num, loss, norm = run.diverged.tolist()
     if flag:
         lr = get_lr(int(iter_num), run.cfg)
         raise Diverged(
-            f"training diverged at iteration {int(iter_num)}: loss {loss}, gradient norm {norm}, "
-            f"learning rate {lr:.3g}; the last checkpoint is from before. Try a lower learning_rate"
+            f"training diverged at iteration {int(iter_num)}: loss {loss:.4g}, gradient norm "
+            f"{norm:.4g}, learning rate {lr:.3g}; the last checkpoint is from before"
         )
+
+
+# ---- evaluation and checkpoints -----------------------------------------------------------------
 
 
 @torch.inference_mode()
 def evaluate(run: Run, split: bins.Split, max_tokens: int) -> float:
     """Mean loss over a split in nats per token, weighted by tokens; the same windows every time."""
-    cfg = run.cfg
-    starts = bins.eval_windows(len(split.tokens), cfg.block_size, max_tokens)
-    batch_size = cfg.micro_batch_size  # the one shape that compiled code sees
+    batch_size = run.cfg.micro_batch_size  # the one shape that compiled code sees
+    all_starts = bins.eval_windows(len(split.tokens), run.cfg.block_size, max_tokens)
     run.model.eval()
     losses, counts = [], []
-    for i in range(0, len(starts), batch_size):
-        rows = starts[i : i + batch_size]
-        idx, targets = get_batch(run, split, np.resize(rows, batch_size))
-        targets[len(rows) :] = bins.IGNORED  # the last batch is filled up with rows that count not
+    for i in range(0, len(all_starts), batch_size):
+        starts = all_starts[i : i + batch_size]
+        idx, targets = get_batch(run, split, np.resize(starts, batch_size))
+        targets[len(starts) :] = bins.IGNORED  # rows that fill the last batch up
         with autocast(run):
             losses.append(run.model(idx, targets)[1])
         counts.append((targets != bins.IGNORED).sum())
     run.model.train()
-    losses, counts = torch.stack(losses).cpu().double(), torch.stack(counts).cpu().double()
+    losses, counts = torch.stack(losses).cpu().double(), torch.stack(counts).cpu()
     return float((losses * counts).sum() / counts.sum())
 
 
@@ -529,10 +555,9 @@ def evaluate_both(run: Run) -> str:
     progress.train_loss = evaluate(run, train, limit)
     progress.val_loss = evaluate(run, val, limit)
     progress.eval_iter = progress.iter_num
+    words = f"train loss {progress.train_loss:.4f}, val loss {progress.val_loss:.4f}"
     bits = bits_per_byte(run)
-    return f"train loss {progress.train_loss:.4f}, val loss {progress.val_loss:.4f}" + (
-        f" ({bits:.3f} bits per byte)" if bits else ""
-    )
+    return words if bits is None else f"{words} ({bits:.3f} bits per byte)"
 
 
 def bits_per_byte(run: Run) -> float | None:
@@ -543,11 +568,24 @@ def bits_per_byte(run: Run) -> float | None:
     return run.progress.val_loss / math.log(2) * len(val.tokens) / val.n_bytes
 
 
-# ---- what a run leaves behind -------------------------------------------------------------------
-
-
-def is_due(run: Run, interval: int) -> bool:
-    return interval > 0 and run.progress.iter_num % interval == 0
+def evaluate_and_save(run: Run, log: metrics.Log) -> None:
+    progress = run.progress
+    check_finite(run)
+    words = evaluate_both(run)
+    best = progress.best_val_loss is None or progress.val_loss < progress.best_val_loss
+    if best:
+        progress.best_val_loss = progress.val_loss
+    progress.evals_since_best = 0 if best else progress.evals_since_best + 1
+    run.clock.read()
+    log.write(
+        **position(progress),
+        train_loss=progress.train_loss,
+        val_loss=progress.val_loss,
+        val_bits_per_byte=bits_per_byte(run),
+    )
+    clocks = f"{progress.train_seconds:.1f} s training, {progress.wall_seconds:.1f} s in all"
+    log.say(f"iter {progress.iter_num:,}: {words}; {clocks}")
+    save(run, best)
 
 
 def optimizer_tensors(run: Run) -> dict[str, Tensor]:
@@ -559,7 +597,7 @@ def optimizer_tensors(run: Run) -> dict[str, Tensor]:
     }
 
 
-def save(run: Run, best: bool) -> None:
+def save(run: Run, best: bool = False) -> None:
     cfg, progress = run.cfg, run.progress
     check_finite(run)
     tensors = {f"model.{name}": p for name, p in run.model.named_parameters()}
@@ -580,97 +618,90 @@ def save(run: Run, best: bool) -> None:
     checkpoint.save_run(Path(cfg.out_dir), tensors, meta, best, snapshot, cfg.keep_snapshots)
 
 
-class Log:
-    """metrics.csv, and beside it a progress bar on a terminal, or plain lines where there is none.
-
-    A row for every log and every evaluation, empty where nothing was measured.
-    """
-
-    def __init__(self, run: Run):
-        """Go on at the run's iteration; rows from beyond it, left by a kill, are dropped."""
-        self.run, self._logged = run, (run.progress.tokens, run.progress.train_seconds)
-        self._peak = peak_flops(run.cfg)
-        path = Path(run.cfg.out_dir) / "metrics.csv"
-        kept = [row for row in read_metrics(path) if int(row["iter_num"]) <= run.progress.iter_num]
-        partial = path.with_name(path.name + ".partial")
-        self._file = open(partial, "w", newline="", encoding="utf-8")
-        self._csv = csv.DictWriter(self._file, METRICS, lineterminator="\n")
-        self._csv.writeheader()
-        self._csv.writerows(kept)
-        self._file.flush()
-        os.replace(partial, path)
-        self.bar = tqdm(
-            initial=run.progress.iter_num,
-            total=run.cfg.max_iters or None,
-            unit="it",
-            dynamic_ncols=True,
-            disable=None,
-        )
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self._file.close()
-
-    def update(self, loss: Tensor, norm: Tensor) -> None:
-        """Log the update just made. This is where the host waits for the device."""
-        run, progress = self.run, self.run.progress
-        loss, norm, lr = loss.item(), norm.item(), get_lr(progress.iter_num - 1, run.cfg)
-        check_finite(run)
-        run.clock.read()
-        tokens, seconds = progress.tokens - self._logged[0], progress.train_seconds - self._logged[1]
-        self._logged = (progress.tokens, progress.train_seconds)
-        speed = tokens / seconds
-        mfu = speed * run.model.flops_per_token() / self._peak if self._peak else None
-        self._write(lr=lr, loss=loss, grad_norm=norm, tokens_per_second=round(speed), mfu=mfu)
-        shown = f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
-        shown += f", {mfu:.1%} MFU" if mfu else ""
-        if self.bar.disable:
-            print(f"iter {progress.iter_num:,}: {shown}, {progress.train_seconds:.1f} s", flush=True)
-        else:
-            self.bar.set_postfix_str(shown, refresh=False)
-
-    def evaluation(self, words: str) -> None:
-        progress = self.run.progress
-        self._write(
-            train_loss=progress.train_loss,
-            val_loss=progress.val_loss,
-            val_bits_per_byte=bits_per_byte(self.run),
-        )
-        clocks = f"{progress.train_seconds:.1f} s training, {progress.wall_seconds:.1f} s in all"
-        self.say(f"iter {progress.iter_num:,}: {words}; {clocks}")
-
-    def say(self, words: str) -> None:
-        tqdm.write(words)
-        sys.stdout.flush()
-
-    def _write(self, **measured: float | None) -> None:
-        progress = self.run.progress
-        row = {
-            "iter_num": progress.iter_num,
-            "tokens": progress.tokens,
-            "train_seconds": round(progress.train_seconds, 3),
-            "wall_seconds": round(progress.wall_seconds, 3),
-            **measured,
-        }
-        self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
-        self._file.flush()
+# ---- what the user sees -------------------------------------------------------------------------
 
 
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["wall_seconds"]]
+def describe(run: Run) -> None:
+    """Print on what machine, on what data and what model is to be trained."""
+    cfg, data, model = run.cfg, run.dataset, run.model
+    cuda = cfg.device.startswith("cuda")
+    threads = f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(cfg.device) if cuda else threads
+    how = "compiled" if cfg.compile else "eager"
+    print(f"machine: {cfg.device} ({name}), {cfg.dtype}, {how}")
+    print(
+        f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids, "
+        f"{len(data.train.tokens):,} to train on, {len(data.val.tokens):,} to validate"
+    )
+    shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, block {cfg.block_size}"
+    print(
+        f"model:   {shape if cfg.model == 'gpt' else 'bigram'}: {model.n_params():,} parameters, "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token, "
+        f"about {memory_needed(cfg, model) / 2**20:,.0f} MiB to train",
+        flush=True,
+    )
 
 
-def baseline(run: Run) -> float:
-    """The validation loss of a bigram model that only counts."""
-    data = run.dataset
-    return bins.bigram_loss(data.train.tokens, data.val.tokens, data.vocab_size)
+def plan(run: Run) -> None:
+    """Print how much training there is to do and, from a trial of the first windows, how long."""
+    cfg, progress = run.cfg, run.progress
+    seconds = warm_up(run)
+    size = f"{cfg.batch_size} x {cfg.block_size} tokens"
+    if cfg.max_iters == 0:
+        print(f"plan:    updates of {size}, {seconds:.2g} s each, until a condition ends it")
+        return
+    left = max(0, cfg.max_iters - progress.iter_num)
+    tokens = left * cfg.batch_size * cfg.block_size
+    expected = left * seconds
+    if cfg.max_seconds:
+        expected = min(expected, max(0.0, cfg.max_seconds - progress.train_seconds))
+    epochs = tokens / len(run.dataset.train.tokens)
+    print(
+        f"plan:    {left:,} updates of {size}, {tokens:,} in all ({epochs:.1f} epochs): "
+        f"about {metrics.in_words(expected)} of training",
+        flush=True,
+    )
+
+
+def warm_up(run: Run) -> float:
+    """Seconds that an update will take, tried without touching the weights; compiles on the way."""
+    cfg, trials, began = run.cfg, [], time.perf_counter()
+    while len(trials) < WARM_UPS and time.perf_counter() - began < WARM_UP_SECONDS:
+        trial = Progress()
+        clock = Clock(trial, cfg.device)
+        clock.start()
+        forward_backward(run, 0, cfg.micro_batch_size)
+        clock.stop()
+        trials.append(trial.train_seconds)
+    run.optimizer.zero_grad(set_to_none=True)
+    return min(trials) * cfg.batch_size / cfg.micro_batch_size
+
+
+def position(progress: Progress) -> dict[str, float]:
+    """Where a row of metrics.csv stands."""
+    return {
+        "iter_num": progress.iter_num,
+        "tokens": progress.tokens,
+        "train_seconds": round(progress.train_seconds, 3),
+        "wall_seconds": round(progress.wall_seconds, 3),
+    }
+
+
+def print_samples(run: Run, log: metrics.Log) -> None:
+    """Print num_samples texts that the model makes as it is now."""
+    cfg = run.cfg
+    if cfg.num_samples == 0:
+        return
+    options = SampleConfig(
+        num_samples=cfg.num_samples, max_new_tokens=cfg.sample_tokens, seed=cfg.seed
+    )
+    ids = start_ids(run.tok, cfg.sample_prompt, cfg.seed)
+    run.model.eval()
+    with autocast(run):
+        pieces = list(complete(run.model, run.tok, ids, options))
+    run.model.train()
+    for text in map("".join, zip(*pieces, strict=True)):
+        log.say(f"--- sample at iteration {run.progress.iter_num:,}\n{cfg.sample_prompt}{text}")
 
 
 def first_word(run: Run) -> str:
@@ -679,71 +710,7 @@ def first_word(run: Run) -> str:
     return next(iter(re.findall(r"\w{2,}", start)), "")
 
 
-def draw_losses(out_dir: Path, baseline: float) -> None:
-    """Draw metrics.csv as loss.png: nats per token against updates."""
-    from matplotlib.figure import Figure  # takes half a second: not before it is needed
-
-    rows = read_metrics(out_dir / "metrics.csv")
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="updates (iter_num)", ylabel="loss (nats per token)")
-    for column, style in {
-        "loss": {"color": "0.75", "label": "training, each batch"},
-        "train_loss": {"color": "C0", "marker": "o", "label": "training, evaluated"},
-        "val_loss": {"color": "C1", "marker": "o", "label": "validation"},
-    }.items():
-        points = [(int(row["iter_num"]), float(row[column])) for row in rows if row[column]]
-        if points:
-            axes.plot(*zip(*points, strict=True), markersize=4, **style)
-    axes.axhline(baseline, color="0.3", linestyle="--", linewidth=1, label="bigram, from counts")
-    axes.set_title(out_dir.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    partial = out_dir / "loss.png.partial"
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, out_dir / "loss.png")
-
-
-def print_samples(run: Run) -> None:
-    """Print num_samples texts that the model makes as it is now."""
-    cfg = run.cfg
-    options = SampleConfig(
-        num_samples=cfg.num_samples, max_new_tokens=cfg.sample_tokens, seed=cfg.seed
-    )
-    ids = start_ids(run.tok, cfg.sample_prompt, cfg.seed)
-    run.model.eval()
-    with autocast(run):
-        texts = ["".join(parts) for parts in zip(*complete(run.model, run.tok, ids, options))]
-    run.model.train()
-    for text in texts:
-        tqdm.write(f"--- sample at iteration {run.progress.iter_num:,}\n{cfg.sample_prompt}{text}")
-
-
 # ---- the run ------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Keeps a run's two times: training, which stands still between stop() and start(), and wall."""
-
-    def __init__(self, progress: Progress, device: str):
-        self._progress, self._device, self._since = progress, device, None
-        self._wall_start = time.perf_counter() - progress.wall_seconds
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._device.startswith("cuda"):
-            torch.cuda.synchronize(self._device)
-        self.read()
-        self._since = None
-
-    def read(self) -> None:
-        """Bring train_seconds and wall_seconds up to now."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._progress.train_seconds += now - self._since
-            self._since = now
-        self._progress.wall_seconds = now - self._wall_start
 
 
 class StopSignals:
@@ -763,159 +730,102 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def describe(run: Run) -> None:
-    """Print on what machine, on what data, and what model is to be trained."""
-    cfg, data, model = run.cfg, run.dataset, run.model
-    device = torch.device(cfg.device)
-    threads = f"{torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    how = "compiled" if cfg.compile else "eager"
-    print(f"machine: {device} ({machine}), {cfg.dtype}, {how}")
-    print(
-        f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids, "
-        f"{len(data.train.tokens):,} to train on, {len(data.val.tokens):,} to validate"
-    )
-    shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, block {cfg.block_size}"
-    memory = 16 * model.n_params() / 2**20  # float32: weight, gradient and AdamW's two moments
-    print(
-        f"model:   {shape if cfg.model == 'gpt' else 'bigram'}: {model.n_params():,} parameters, "
-        f"{memory:,.0f} MiB with their gradients and AdamW, "
-        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
-    )
-
-
-def plan(run: Run) -> None:
-    """Print how much training there is to do and, from a trial of the first windows, how long."""
-    cfg, progress = run.cfg, run.progress
-    seconds = warm_up(run)
-    size = f"{cfg.batch_size} x {cfg.block_size} tokens"
-    if cfg.max_iters:
-        left = max(0, cfg.max_iters - progress.iter_num)
-        tokens = left * cfg.batch_size * cfg.block_size
-        epochs = tokens / len(run.dataset.train.tokens)
-        expected = left * seconds
-        if cfg.max_seconds:
-            expected = min(expected, max(0.0, cfg.max_seconds - progress.train_seconds))
-        print(
-            f"plan:    {left:,} updates of {size}, {tokens:,} in all ({epochs:.1f} epochs): "
-            f"about {in_words(expected)} of training",
-            flush=True,
-        )
-    else:
-        print(f"plan:    updates of {size}, {seconds:.2g} s each, until a condition ends it")
-
-
-def in_words(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def warm_up(run: Run) -> float:
-    """Seconds that an update will take, tried without touching the weights; compiles on the way."""
-    cfg = run.cfg
-    train, size = run.dataset.train, cfg.micro_batch_size
-    starts = bins.window(cfg.seed, np.arange(size), len(train.tokens), cfg.block_size)
-    fastest, began = math.inf, time.perf_counter()
-    while time.perf_counter() - began < WARM_UP_SECONDS:
-        trial = Progress()
-        clock = Clock(trial, cfg.device)
-        clock.start()
-        forward_backward(run, *get_batch(run, train, starts))
-        clock.stop()
-        fastest = min(fastest, trial.train_seconds)
-    run.optimizer.zero_grad(set_to_none=True)
-    return fastest * cfg.batch_size / size
-
-
-def peak_flops(cfg: TrainConfig) -> float | None:
-    """The device's peak in half precision, where it is known and used."""
-    if not cfg.device.startswith("cuda") or cfg.dtype == "float32":
-        return None
-    name = torch.cuda.get_device_name(cfg.device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+def is_due(run: Run, interval: int) -> bool:
+    return interval > 0 and run.progress.iter_num % interval == 0
 
 
 def why_stop(run: Run) -> str:
     """What ends the run now, in words; empty while nothing does."""
     cfg, progress = run.cfg, run.progress
-    train_loss, val_loss = progress.train_loss, progress.val_loss
     run.clock.read()
     if cfg.max_iters and progress.iter_num >= cfg.max_iters:
         return f"max_iters={cfg.max_iters} reached"
     if cfg.max_seconds and progress.train_seconds >= cfg.max_seconds:
         return f"max_seconds={cfg.max_seconds:g} reached"
-    if train_loss is not None and train_loss <= cfg.target_train_loss:
+    if progress.train_loss is not None and progress.train_loss <= cfg.target_train_loss:
         return f"target_train_loss={cfg.target_train_loss:g} reached"
-    if val_loss is not None and val_loss <= cfg.target_val_loss:
+    if progress.val_loss is not None and progress.val_loss <= cfg.target_val_loss:
         return f"target_val_loss={cfg.target_val_loss:g} reached"
     if cfg.patience and progress.evals_since_best >= cfg.patience:
         return f"patience={cfg.patience}: no better validation loss in so many evaluations"
     return ""
 
 
-def evaluate_and_save(run: Run, log: Log) -> None:
-    progress = run.progress
-    check_finite(run)
-    words = evaluate_both(run)
-    best = progress.best_val_loss is None or progress.val_loss < progress.best_val_loss
-    if best:
-        progress.best_val_loss = progress.val_loss
-    progress.evals_since_best = 0 if best else progress.evals_since_best + 1
-    run.clock.read()
-    log.evaluation(words)
-    save(run, best)
-
-
 def train(run: Run) -> int:
     """Train until a condition, a signal or a loss that is no number; return the exit code."""
-    cfg, progress, clock = run.cfg, run.progress, run.clock
-    out_dir = Path(cfg.out_dir)
-    describe(run)
+    cfg, progress, out_dir = run.cfg, run.progress, Path(run.cfg.out_dir)
     if cfg.compile:
         run.model.compile()
-    with StopSignals() as stop:
-        plan(run)
-        try:
-            with Log(run) as log:
-                clock.start()
-                while not (why := why_stop(run)) and not stop.caught:
-                    loss, norm = update(run)
-                    log.bar.update()
-                    if is_due(run, cfg.log_interval):
-                        log.update(loss, norm)
-                    if is_due(run, cfg.eval_interval):
-                        clock.stop()
-                        evaluate_and_save(run, log)
-                        clock.start()
-                    elif is_due(run, cfg.snapshot_interval):
-                        clock.stop()
-                        save(run, best=False)
-                        clock.start()
-                    if is_due(run, cfg.sample_interval):
-                        clock.stop()
-                        print_samples(run)
-                        clock.start()
-                clock.stop()
-                if stop.caught:
-                    save(run, best=False)
-                elif progress.eval_iter != progress.iter_num:
-                    evaluate_and_save(run, log)
-        except Diverged as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 3
-        finally:
-            draw_losses(out_dir, baseline(run))
-    if stop.caught:
-        name, code = stop.caught.name, 128 + stop.caught
-        print(f"stopped by {name} after {progress.iter_num:,} updates; everything is saved")
-        print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
-        return code
-    print(f"done:    {why} after {progress.iter_num:,} updates")
-    print_samples(run)
+    try:
+        with StopSignals() as stop, metrics.Log(out_dir, progress.iter_num, cfg.max_iters) as log:
+            plan(run)
+            why = loop(run, log, stop)
+            if stop.caught:
+                save(run)
+                print(f"stopped: {stop.caught.name} after {progress.iter_num:,} updates; saved")
+                print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
+                return 128 + stop.caught
+            if progress.eval_iter != progress.iter_num:
+                evaluate_and_save(run, log)
+            log.bar.close()
+            print(f"done:    {why} after {progress.iter_num:,} updates")
+            if not is_due(run, cfg.sample_interval):
+                print_samples(run, log)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    finally:
+        data = run.dataset
+        baseline = bins.bigram_loss(data.train.tokens, data.val.tokens, data.vocab_size)
+        metrics.draw_losses(out_dir, baseline)
     print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
-    print(f"next:    python sample.py --prompt \"{first_word(run)}\"")
+    print(f'next:    python sample.py --prompt "{first_word(run)}"')
     return 0
+
+
+def loop(run: Run, log: metrics.Log, stop: StopSignals) -> str:
+    """Update after update, until something ends it; return what did."""
+    cfg, progress, clock = run.cfg, run.progress, run.clock
+    peak = metrics.peak_flops(cfg.device) if cfg.dtype != "float32" else None
+    clock.start()
+    logged = progress.tokens, progress.train_seconds
+    while not (why := why_stop(run)) and not stop.caught:
+        loss, norm = update(run)
+        log.bar.update()
+        if is_due(run, cfg.log_interval):
+            lr, loss, norm = get_lr(progress.iter_num - 1, cfg), loss.item(), norm.item()
+            check_finite(run)
+            clock.read()
+            speed = (progress.tokens - logged[0]) / (progress.train_seconds - logged[1])
+            logged = progress.tokens, progress.train_seconds
+            mfu = speed * run.model.flops_per_token() / peak if peak else None
+            log.write(
+                **position(progress),
+                lr=lr,
+                loss=loss,
+                grad_norm=norm,
+                tokens_per_second=round(speed),
+                mfu=mfu,
+            )
+            mfu_words = f", {mfu:.1%} MFU" if mfu else ""
+            log.show(
+                progress.iter_num,
+                f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s{mfu_words}",
+            )
+        if is_due(run, cfg.eval_interval):
+            clock.stop()
+            evaluate_and_save(run, log)
+            clock.start()
+        elif is_due(run, cfg.snapshot_interval):
+            clock.stop()
+            save(run)
+            clock.start()
+        if is_due(run, cfg.sample_interval):
+            clock.stop()
+            print_samples(run, log)
+            clock.start()
+    clock.stop()
+    return why
 
 
 if __name__ == "__main__":

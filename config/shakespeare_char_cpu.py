@@ -13,9 +13,9 @@ block_size = 64
 bias = False
 
 batch_size = 12
-max_iters = 2000
-learning_rate = 1e-3
-min_lr = 1e-4
+max_iters = 1500
+learning_rate = 4e-3
+schedule = "linear"
 beta2 = 0.99
 
 eval_interval = 500

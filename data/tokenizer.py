@@ -1,11 +1,11 @@
 """Text to token ids and back: one class per kind, all with the same few methods.
 
-    encode(text)       ids, uint32 (n,); raises UserError where a character has no token
-    decode_bytes(ids)  UTF-8 bytes; a single token may be part of a character
-    decode(ids)        text
-    meta()             all of the tokenizer as JSON data, for meta.json and every checkpoint
-    vocab_size         how many ids there are
-    end_of_text        the id that stands between documents, or None
+encode(text)       ids, uint32 (n,); raises UserError where a character has no token
+decode_bytes(ids)  UTF-8 bytes; a single token may be part of a character
+decode(ids)        text
+meta()             all of the tokenizer as JSON data, for meta.json and every checkpoint
+vocab_size         how many ids there are
+end_of_text        the id that stands between documents, or None
 """
 
 import hashlib

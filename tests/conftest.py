@@ -1,4 +1,4 @@
-"""What the tests share: real text, small data sets made of it, and the scripts as users call them."""
+"""What the tests share: real text, a small data set made of it, and the scripts to call."""
 
 import os
 import subprocess
@@ -14,12 +14,13 @@ VOCABULARY = SHARED / "tiktoken"
 sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
-os.environ.pop("COLUMNS", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors this small gain nothing from more
 
-# Small enough for a step to take milliseconds, and with everything a real run has.
+# A run whose updates take milliseconds, with everything that a large one has.
 SMALL = (
-    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=8 --dataset=small "
-    "--device=cpu --warmup_iters=5 --eval_interval=10 --log_interval=5 --sample_tokens=20"
+    f"{ROOT}/config/shakespeare_char_cpu.py --dataset=small --out_dir=run --device=cpu "
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=8 --dropout=0.1 "
+    "--max_iters=20 --warmup_iters=5 --eval_interval=10 --log_interval=5 --sample_tokens=20"
 ).split()
 
 needs_shakespeare = pytest.mark.skipif(
@@ -52,16 +53,19 @@ def data_dir(tmp_path_factory, text) -> Path:
 
 @pytest.fixture
 def train(data_dir, tmp_path, monkeypatch):
-    """Call train.main as a user would, on the small data set, in an empty folder."""
+    """Call train.main in an empty folder, on the small data set; the run is in run/."""
     import train
 
     monkeypatch.chdir(tmp_path)
+    return lambda *argv: train.main([*SMALL, f"--data_dir={data_dir}", *argv])
 
-    def run(*argv: str) -> int:
-        return train.main([str(ROOT / "config/bigram.py"), "--model=gpt", "--learning_rate=1e-3",
-                           *SMALL, f"--data_dir={data_dir}", "--out_dir=run", *argv])
 
-    return run
+@pytest.fixture
+def resume(data_dir, tmp_path, train):
+    """Go on with the run in run/, by its own options."""
+    import train as script
+
+    return lambda *argv: script.main(["--init_from=resume", "--out_dir=run", *argv])
 
 
 def script(name: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:

@@ -91,7 +91,9 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path):
     command = [sys.executable, str(ROOT / "prepare.py"), "--name=mine", f"--input={source}"]
     done = subprocess.run(
         [*command, f"--data_dir={tmp_path}/data"],
-        preexec_fn=no_file_above_100_kb, capture_output=True, text=True,
+        preexec_fn=no_file_above_100_kb,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1 and "File too large" in done.stderr
     assert "Traceback" not in done.stderr

@@ -86,7 +86,9 @@ def test_ids_without_a_token_are_never_drawn():
     uniforms = torch.rand(4, 50)
     for temperature in (0, 1.0):
         ids = torch.stack(
-            list(model.generate(torch.zeros(4, 1, dtype=torch.long), uniforms, temperature, n_ids=10))
+            list(
+                model.generate(torch.zeros(4, 1, dtype=torch.long), uniforms, temperature, n_ids=10)
+            )
         )
         assert ids.shape == (50, 4) and ids.max() < 10
 
@@ -137,8 +139,15 @@ def test_a_sample_does_not_depend_on_how_many_there_are(run_dir):
     model, meta = sample.load_model(run_dir / "best.safetensors", torch.device("cpu"))
     tok = tokenizer.load(meta["tokenizer"])
     texts = {
-        n: ["".join(t) for t in zip(*complete(model, tok, tok.encode("a"), SampleConfig(
-            num_samples=n, max_new_tokens=40)), strict=True)]
+        n: [
+            "".join(t)
+            for t in zip(
+                *complete(
+                    model, tok, tok.encode("a"), SampleConfig(num_samples=n, max_new_tokens=40)
+                ),
+                strict=True,
+            )
+        ]
         for n in (1, 5)
     }
     assert texts[5][0] == texts[1][0] and len(set(texts[5])) == 5
@@ -175,8 +184,9 @@ def test_a_prompt_longer_than_the_block_is_cropped_and_said(capsys, run_dir):
     prompt = "the first words of this "
     said = say(capsys, run_dir, f"--prompt={prompt}", "--max_new_tokens=30", "--temperature=0")
     assert "of the prompt's 24 tokens the model sees the last 16" in said.err
-    cropped = say(capsys, run_dir, f"--prompt={prompt[-16:]}", "--max_new_tokens=30",
-                  "--temperature=0")
+    cropped = say(
+        capsys, run_dir, f"--prompt={prompt[-16:]}", "--max_new_tokens=30", "--temperature=0"
+    )
     assert said.out.removeprefix(prompt) == cropped.out.removeprefix(prompt[-16:])
 
 

@@ -20,14 +20,18 @@ def test_permute_mixes():
     size = 10_000
     orders = [
         bins.permute(np.arange(size, dtype=np.uint64), size, keys).astype(float)
-        for keys in np.random.SeedSequence(1).generate_state((2 * bins.ROUNDS), np.uint64).reshape(2, -1)
+        for keys in np.random.SeedSequence(1)
+        .generate_state((2 * bins.ROUNDS), np.uint64)
+        .reshape(2, -1)
     ]
     for a, b in [(orders[0][1:], orders[0][:-1]), orders, (orders[0], np.arange(size))]:
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
 
 
 @given(
-    n_tokens=st.integers(10, 3000), block_size=st.integers(1, 50), seed=st.integers(0, 2**32),
+    n_tokens=st.integers(10, 3000),
+    block_size=st.integers(1, 50),
+    seed=st.integers(0, 2**32),
     epoch=st.integers(0, 3),
 )
 def test_an_epoch_reads_every_window_once(n_tokens, block_size, seed, epoch):

@@ -1,0 +1,123 @@
+"""What a run tells while it goes on: metrics.csv, a progress bar or plain lines, loss.png.
+
+metrics.csv has a row for every log and every evaluation, empty where nothing was measured:
+
+    iter_num, tokens               updates made, tokens trained on
+    lr, loss, grad_norm            of the update just made; loss in nats per token
+    train_loss, val_loss           of an evaluation, nats per token
+    val_bits_per_byte              the same in the unit that compares tokenizers
+    tokens_per_second, mfu         since the last log; MFU where the device's peak is known
+    train_seconds, wall_seconds    without and with evaluation, saving and compilation
+"""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+COLUMNS = (
+    "iter_num,tokens,lr,loss,grad_norm,train_loss,val_loss,val_bits_per_byte,"
+    "tokens_per_second,mfu,train_seconds,wall_seconds"
+).split(",")
+PEAK_FLOPS = {  # dense, in half precision, from the vendors' data sheets; first match counts
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+class Log:
+    """Writes metrics.csv and speaks: on a terminal with a progress bar, elsewhere in lines."""
+
+    def __init__(self, out_dir: Path, iter_num: int, max_iters: int):
+        """Go on at `iter_num`; rows from beyond it, left by a run that was killed, are dropped."""
+        path = out_dir / "metrics.csv"
+        kept = [row for row in read(path) if int(row["iter_num"]) <= iter_num]
+        partial = path.with_name(path.name + ".partial")
+        self._file = open(partial, "w", newline="", encoding="utf-8")
+        self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._csv.writeheader()
+        self._csv.writerows(kept)
+        self._file.flush()
+        os.replace(partial, path)
+        total = max_iters or None
+        self.bar = tqdm(initial=iter_num, total=total, unit="it", dynamic_ncols=True, disable=None)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self._file.close()
+
+    def write(self, **row: int | float | None) -> None:
+        self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
+        self._file.flush()
+
+    def show(self, iter_num: int, words: str) -> None:
+        """A passing state: in the bar, or as a line where there is none."""
+        if self.bar.disable:
+            self.say(f"iter {iter_num:,}: {words}")
+        else:
+            self.bar.set_postfix_str(words, refresh=False)
+
+    def say(self, words: str) -> None:
+        """A line that stays."""
+        tqdm.write(words)
+        sys.stdout.flush()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["wall_seconds"]]
+
+
+def draw_losses(out_dir: Path, baseline: float) -> None:
+    """Draw metrics.csv as loss.png; `baseline` is the bigram's loss, in nats per token."""
+    from matplotlib.figure import Figure  # takes half a second, so not before it is needed
+
+    rows = read(out_dir / "metrics.csv")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="updates (iter_num)", ylabel="loss (nats per token)")
+    for column, style in {
+        "loss": {"color": "0.75", "label": "training, each batch"},
+        "train_loss": {"color": "C0", "marker": "o", "label": "training, evaluated"},
+        "val_loss": {"color": "C1", "marker": "o", "label": "validation"},
+    }.items():
+        points = [(int(row["iter_num"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), markersize=4, **style)
+    axes.axhline(baseline, color="0.3", linestyle="--", linewidth=1, label="bigram, from counts")
+    axes.set_title(out_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = out_dir / "loss.png.partial"
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, out_dir / "loss.png")
+
+
+def peak_flops(device: str) -> float | None:
+    """Operations per second that the device could do in half precision; None where not known."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

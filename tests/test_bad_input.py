@@ -1,0 +1,178 @@
+"""Promise: what a user gets wrong ends with code 2 and one line that says what would be right.
+
+Nothing is written, and there is no traceback.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHAKESPEARE, SMALL, script
+
+import prepare
+import sample
+import train as training
+from data import bins
+
+TEXT = "It was the best of times, it was the worst of times. "
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, data_dir):
+    """A working folder with data sets, texts, recipes and a run, some good and some bad."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/small").symlink_to(data_dir / "small")
+    (tmp_path / "good.txt").write_text(TEXT * 100)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9" + TEXT.encode())
+    (tmp_path / "typo.py").write_text("bach_size = 3")
+    (tmp_path / "type.py").write_text("batch_size = '3'")
+    (tmp_path / "broken.py").write_text("batch_size = ")
+    (tmp_path / "raises.py").write_text("raise RuntimeError('no')")
+    (tmp_path / "text.safetensors").write_text(TEXT)
+    for name, ids, vocab_size in (
+        ("short", np.zeros(20, np.uint16), 5),
+        ("beyond", np.full(5000, 7, np.uint16), 5),
+        ("cut", np.zeros(5000, np.uint16), 5),
+    ):
+        splits = {split: (ids, len(ids)) for split in bins.SPLITS}
+        bins.write(tmp_path / "data" / name, splits, {"kind": "byte"}, vocab_size, [])
+    os.truncate(tmp_path / "data/cut/val.bin", 9999)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def run(data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "run"
+    argv = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={folder}", "--max_iters=1"]
+    assert training.main([*argv, "--num_samples=0"]) == 0
+    return folder
+
+
+def files(folder: Path) -> dict:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "main, argv, says",
+    [
+        # options
+        (training.main, "typo.py", "typo.py: unknown option 'bach_size'; did you mean 'batch_size'"),
+        (training.main, "type.py", "batch_size must be a whole number in [1, inf), not '3'"),
+        (training.main, "broken.py", "broken.py, line 1: SyntaxError"),
+        (training.main, "raises.py", "raises.py, line 1: RuntimeError: no"),
+        (training.main, "nowhere.py", "no recipe nowhere.py"),
+        (training.main, "--lerning_rate=1", "unknown option 'lerning_rate'; did you mean 'learning_r"),
+        (training.main, "--learning-rate=1", "did you mean 'learning_rate'"),
+        (training.main, "learning_rate=1", "cannot read 'learning_rate=1'"),
+        (training.main, "--batch_size=many", "batch_size must be a whole number"),
+        (training.main, "--batch_size=0", "batch_size must be a whole number in [1, inf), not 0"),
+        (training.main, "--learning_rate=0", "learning_rate must be a number in (0, inf), not 0"),
+        (training.main, "--learning_rate=nan", "learning_rate must be a number"),
+        (training.main, "--dropout=1", "dropout must be a number in [0, 1), not 1"),
+        (training.main, "--dtype=int8", "dtype must be one of auto, float32, bfloat16, float16"),
+        (training.main, "--schedule=step", "schedule must be one of cosine, linear, constant"),
+        (training.main, "--compile=maybe", "compile must be one of auto, True, False"),
+        (training.main, "--seed=-1", "seed must be a whole number in [0, inf), not -1"),
+        (training.main, "--gradient_accumulation_steps=4", "batch_size counts all sequences"),
+        (training.main, "--eval_iters=4", "evaluation reads the whole split"),
+        (training.main, "--decay_lr=False", "write schedule=constant"),
+        # what does not go together
+        (training.main, "--n_embd=30 --n_head=4", "n_embd=28 or 32 would"),
+        (training.main, "--batch_size=12 --micro_batch_size=5", "micro_batch_size=4 or batch_size=15"),
+        (training.main, "--max_iters=0", "max_iters=0 has no end"),
+        (training.main, "--max_iters=0 --max_seconds=9", "needs lr_decay_iters"),
+        (training.main, "--min_lr=1", "min_lr=1.0 is above learning_rate"),
+        (training.main, "--vocab_size=3", "vocab_size=3 is below the 86 of data/small"),
+        (training.main, "--checkpoint=x", "goes with --init_from=resume"),
+        # data sets
+        (training.main, "--dataset=nowhere", "no recipe 'nowhere'"),
+        (training.main, "--dataset=short", "two windows of block_size=16 need 34"),
+        (training.main, "--dataset=beyond", "token id 7 is beyond the vocabulary of 5"),
+        (training.main, "--dataset=cut", "val.bin has 9999 bytes"),
+        (training.main, "--block_size=4096", "use a longer text or a smaller block_size"),
+        (training.main, "--sample_prompt=日本", "the vocabulary has no '日' (U+65E5"),
+        # checkpoints and machines
+        (training.main, "--init_from=nowhere", "cannot open checkpoint nowhere: No such file"),
+        (training.main, "--init_from=text.safetensors", "is not a checkpoint that can be used"),
+        (training.main, "--init_from=data", "is a folder without best.safetensors or ckpt"),
+        (training.main, "--init_from=resume --out_dir=nowhere", "cannot open checkpoint nowhere/ckpt"),
+        (training.main, "--init_from=RUN --n_embd=64", "made with n_embd=32"),
+        (training.main, "--device=cuda:9", "device 'cuda:9'"),
+        (training.main, "--device=abacus", "no device 'abacus'"),
+        (training.main, "--dtype=float16", "dtype=float16 needs CUDA"),
+        # prepare.py
+        (prepare.main, "nowhere", "no recipe 'nowhere'; there are shakespeare_char, shakespeare, pydo"),
+        (prepare.main, "--name=x", "--name=x needs its text: --input=FILE"),
+        (prepare.main, "--input=good.txt", "needs a name for the data set"),
+        (prepare.main, "--name=../x --input=good.txt", "--name must be letters"),
+        (prepare.main, "--name=x --input=nowhere.txt", "nowhere.txt: No such file"),
+        (prepare.main, "--name=x --input=data", "data: Is a directory"),
+        (prepare.main, "--name=x --input=empty.txt", "empty.txt is empty"),
+        (prepare.main, "--name=x --input=one.txt", "has 1 characters: none are left for train"),
+        (prepare.main, "--name=x --input=latin1.txt", "not UTF-8: byte 0xe9 at offset 3"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=words", "tokenizer must be one of"),
+        (prepare.main, "--name=x --input=good.txt --val_fraction=1", "val_fraction must be a number"),
+        # sample.py
+        (sample.main, "--checkpoint=nowhere", "cannot open checkpoint nowhere"),
+        (sample.main, "--checkpoint=data", "is a folder without best.safetensors or ckpt"),
+        (sample.main, "--checkpoint=text.safetensors", "is not a checkpoint that can be used"),
+        (sample.main, "", "no run in out/ has saved a checkpoint yet"),
+        (sample.main, "--checkpoint=RUN --prompt=日本日", "'日' (U+65E5, character 1), '本' (U+672C"),
+        (sample.main, "--prompt=FILE:nowhere.txt", "--prompt: nowhere.txt: No such file"),
+        (sample.main, "--prompt=FILE:latin1.txt", "--prompt: latin1.txt is not UTF-8 at offset 3"),
+        (sample.main, "--top_k=0", "top_k must be a whole number in [1, inf), not 0"),
+        (sample.main, "--temperature=-1", "temperature must be a number in [0, inf), not -1"),
+        (sample.main, "--top_p=0", "top_p must be a number in (0, 1], not 0"),
+        (sample.main, "--top_p=1.5", "top_p must be a number in (0, 1], not 1.5"),
+        (sample.main, "--num_samples=0", "num_samples must be a whole number in [1, inf)"),
+        (sample.main, "--max_new_tokens=0", "max_new_tokens must be a whole number in [1, inf)"),
+        (sample.main, "--device=cuda:9 --checkpoint=RUN", "device 'cuda:9'"),
+        (sample.main, "--start=x", "unknown option 'start'; write prompt"),
+    ],
+)  # fmt: skip
+def test_one_line_and_nothing_written(folder, run, capsys, main, argv, says):
+    words = [word.replace("RUN", str(run)) for word in argv.split()]
+    if main is training.main:
+        words = [*SMALL, "--data_dir=data", *words]
+    before = files(folder)
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    "name, argv, says",
+    [
+        ("train.py", ["--lr=1"], "unknown option 'lr'"),
+        ("sample.py", ["--top_k=0"], "top_k must be"),
+        ("prepare.py", ["nowhere"], "no recipe 'nowhere'"),
+        ("prepare.py", ["shakespeare_char"], "add --input=FILE, or without any download: python pre"),
+        ("prepare.py", ["--name=x", "--input=good.txt", "--tokenizer=gpt2"], "set TIKTOKEN_CACHE_DIR"),
+        ("train.py", [f"{ROOT}/config/shakespeare_char.py"], "or without any download: python prepare"),
+    ],
+)  # fmt: skip
+def test_real_processes_without_a_network(folder, name, argv, says):
+    """The same through the shell, with every address refused and no vocabulary at hand."""
+    env = {
+        "PATH": "", "TIKTOKEN_CACHE_DIR": str(folder / "nothing"),
+        "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9",
+    }  # fmt: skip
+    done = script(name, *argv, cwd=folder, env=env)
+    assert done.returncode == 2
+    assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (folder / "out").exists() and not (folder / "data/x").exists()
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {SHAKESPEARE}")
+def test_a_checkpoint_of_another_tokenizer_is_refused(folder, run, capsys):
+    assert prepare.main(["--name=mine", "--input=good.txt"]) == 0
+    argv = [f"--init_from={run}", "--dataset=mine", "--out_dir=tuned"]
+    assert training.main(argv) == 2
+    assert "has another tokenizer than" in capsys.readouterr().err
+    assert not Path("tuned").exists()

@@ -1,0 +1,185 @@
+"""Promise: a checkpoint is a plain safetensors file that is loaded only when it is whole."""
+
+import hashlib
+import os
+import struct
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import checkpoint
+from config import UserError
+
+TENSORS = {
+    "model.a": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "model.byte": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "model.half": torch.randn(3, 1).bfloat16(),
+    "optimizer.step.a": torch.tensor(7.0),
+    "model.long": torch.tensor([2**40]),
+    "model.empty": torch.empty(0, 4),
+}
+META = {"progress": {"iter_num": 3, "val_loss": 0.1 + 0.2}, "text": "é\n"}
+
+
+@pytest.fixture
+def path(tmp_path):
+    checkpoint.save(tmp_path / "ckpt.safetensors", TENSORS, META)
+    return tmp_path / "ckpt.safetensors"
+
+
+def test_what_was_saved_is_loaded(path):
+    tensors, meta = checkpoint.load(path)
+    assert meta == {"format": 1, **META}
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
+
+
+def test_any_safetensors_reader_reads_it(path):
+    tensors = safetensors.torch.load_file(path)
+    assert tensors.keys() == TENSORS.keys() | {"sha256"}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+    with safetensors.safe_open(path, "pt") as file:
+        assert '"iter_num": 3' in file.metadata()["folio"]
+
+
+def test_the_last_tensor_is_the_digest_of_the_rest(path):
+    data = path.read_bytes()
+    assert hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
+def test_views_are_saved_as_what_they_show(tmp_path):
+    path = tmp_path / "x.safetensors"
+    table = torch.arange(12.0).view(3, 4)
+    checkpoint.save(path, {"model.column": table[:, 1], "model.t": table.T}, {})
+    tensors, _ = checkpoint.load(path)
+    assert torch.equal(tensors["model.column"], table[:, 1])
+    assert torch.equal(tensors["model.t"], table.T)
+
+
+def test_saving_leaves_no_other_file(path):
+    checkpoint.save(path, TENSORS, META)
+    assert [p.name for p in path.parent.iterdir()] == ["ckpt.safetensors"]
+
+
+def test_every_length_but_the_whole_is_refused(path):
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match="not a checkpoint that can be used"):
+            checkpoint.load(path)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(UserError):
+        checkpoint.load(path)
+
+
+def test_every_changed_byte_is_noticed(path):
+    data = path.read_bytes()
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :])
+        with pytest.raises(UserError):
+            checkpoint.load(path)
+
+
+def rewrite(path, old, new):
+    """Change the header and make the digest right again, as a hostile file would."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = data[8 : 8 + length].replace(old, new)
+    body = struct.pack("<Q", len(header)) + header + data[8 + length : -32]
+    path.write_bytes(body + hashlib.sha256(body).digest())
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (b'"shape": [2, 3]', b'"shape": [2, 4]'),
+        (b'"shape": [2, 3]', b'"shape": [-2, -3]'),
+        (b'"shape": [2, 3]', b'"shape": [2000000000000, 3]'),
+        (b'"shape": [2, 3]', b'"shape": ["2", 3]'),
+        (b'"shape": [2, 3]', b'"shape": 6'),
+        (b'"dtype": "F32"', b'"dtype": "F64"'),
+        (b'"dtype": "F32"', b'"dtype": "X"'),
+        (b'"data_offsets": [0, 8]', b'"data_offsets": [8, 0]'),
+        (b'"data_offsets": [0, 8]', b'"data_offsets": [0]'),
+        (b'"data_offsets": [0, 8]', b'"data_offsets": [0, 1e99]'),
+        (b'"__metadata__"', b'"_"'),
+        (b'"folio"', b'"other"'),
+        (b'\\"format\\": 1', b'\\"format\\": 2'),
+        (b'"sha256"', b'"sha255"'),
+    ],
+)
+def test_a_header_that_lies_is_refused(path, old, new):
+    assert old in path.read_bytes()
+    rewrite(path, old, new)
+    with pytest.raises(UserError, match="not a checkpoint that can be used"):
+        checkpoint.load(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "other"
+    safetensors.torch.save_file({"a": torch.ones(100)}, path)
+    with pytest.raises(UserError, match="it carries no digest"):
+        checkpoint.load(path)
+    torch.save({"a": torch.ones(100)}, path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(path)
+    for missing in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="cannot open"):
+            checkpoint.load(missing)
+
+
+def save_run(folder, iter_num, best=False, snapshot=False, keep=0):
+    tensors = {"model.a": torch.full((3,), float(iter_num))}
+    name = f"iter_{iter_num:06d}" if snapshot else ""
+    checkpoint.save_run(folder, tensors, {"iter_num": iter_num}, best, name, keep)
+
+
+def iterations(folder):
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(p.relative_to(folder)): checkpoint.load(p)[1]["iter_num"] for p in files}
+
+
+def test_best_and_snapshots_stay_while_the_latest_moves_on(tmp_path):
+    save_run(tmp_path, 1, best=True, snapshot=True)
+    save_run(tmp_path, 2)
+    save_run(tmp_path, 3, snapshot=True)
+    assert iterations(tmp_path) == {
+        "best.safetensors": 1,
+        "ckpt.safetensors": 3,
+        "snapshots/iter_000001.safetensors": 1,
+        "snapshots/iter_000003.safetensors": 3,
+    }
+    best, first = tmp_path / "best.safetensors", tmp_path / "snapshots/iter_000001.safetensors"
+    assert os.path.samefile(best, first), "one file under two names"
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_where_links_fail_copies_serve(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_run(tmp_path, 1, best=True)
+    save_run(tmp_path, 2)
+    assert iterations(tmp_path) == {"best.safetensors": 1, "ckpt.safetensors": 2}
+
+
+def test_only_the_newest_snapshots_are_kept(tmp_path):
+    for iter_num in (999_998, 999_999, 1_000_000, 1_000_001):
+        save_run(tmp_path, iter_num, snapshot=True, keep=2)
+    kept = iterations(tmp_path / "snapshots")
+    assert sorted(kept.values()) == [1_000_000, 1_000_001]
+
+
+def test_a_model_of_another_shape_is_named():
+    params = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
+    for tensors, says in [
+        ({"model.a": torch.ones(2, 3)}, "lacks tensor model.b"),
+        ({"model.a": torch.ones(3, 2), "model.b": torch.ones(1)}, r"shape \(3, 2\), not \(2, 3\)"),
+        ({f"model.{n}": torch.ones(1) for n in "abc"}, "unknown tensor model.c"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            checkpoint.restore(params, tensors, "model.", "x")

@@ -1,0 +1,56 @@
+"""Promise: Ctrl-C and SIGTERM save the run and end it; going on gives the bits of no interruption.
+
+Real processes and real signals.
+"""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+import checkpoint
+import train as script
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(train, data_dir, number, code):
+    args = ("--max_iters=400", "--eval_interval=100", "--log_interval=20", "--num_samples=0")
+    assert train(*args, "--out_dir=whole") == 0
+    command = [sys.executable, ROOT / "train.py", *SMALL, f"--data_dir={data_dir}", *args]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        for line in run.stdout:
+            if line.startswith("iter 120"):
+                break
+        run.send_signal(number)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == code, err
+    assert f"stopped: {number.name}" in out and "--init_from=resume" in out
+    _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert 120 <= meta["progress"]["iter_num"] < 400
+    assert script.main(["--init_from=resume", "--out_dir=run"]) == 0
+    whole, _ = checkpoint.load(Path("whole/ckpt.safetensors"))
+    again, _ = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_signal_during_evaluation_and_another_are_one(data_dir, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *SMALL, f"--data_dir={data_dir}"]
+    command += ["--max_iters=100000", "--eval_interval=5", "--num_samples=0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if "val loss" in line:  # the save comes next
+                break
+        run.send_signal(signal.SIGINT)
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=60)
+    assert run.returncode in (130, 143)
+    checkpoint.load(tmp_path / "run/ckpt.safetensors")

@@ -1,0 +1,407 @@
+"""Promise: one command trains, and leaves behind what it says it leaves."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+from config import build
+from metrics import COLUMNS
+from train import TrainConfig, get_lr
+
+
+def rows(folder="run"):
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path):
+    tensors, _ = checkpoint.load(Path(path))
+    return {k: v for k, v in tensors.items() if k.startswith("model.")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- what a run leaves
+
+
+def test_a_run_learns_and_leaves_its_files(train, capsys):
+    assert train("--max_iters=100", "--learning_rate=5e-3", "--num_samples=2") == 0
+    out = capsys.readouterr().out
+    for part in (
+        "machine: cpu",
+        "18,000 to train on",
+        "parameters",
+        "plan:    100 updates",
+        "bits per byte",
+        "max_iters=100 reached",
+        "next:    python sample.py",
+    ):
+        assert part in out, part
+    assert out.count("--- sample at iteration 100") == 2
+    losses = [float(row["val_loss"]) for row in rows() if row["val_loss"]]
+    assert len(losses) == 10 and losses[-1] < losses[0] < math.log(100)
+    assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in Path("run").iterdir()} == {
+        ".lock",
+        "best.safetensors",
+        "ckpt.safetensors",
+        "loss.png",
+        "metrics.csv",
+    }
+
+
+def test_metrics_are_what_was_done(train):
+    assert train() == 0
+    table = rows()
+    assert list(table[0]) == COLUMNS
+    assert [int(row["iter_num"]) for row in table] == [5, 10, 10, 15, 20, 20]
+    for row in table:
+        assert int(row["tokens"]) == int(row["iter_num"]) * 8 * 16
+        assert float(row["wall_seconds"]) >= float(row["train_seconds"]) > 0
+        assert (row["loss"] == "") == (row["val_loss"] != "")
+    assert float(table[0]["lr"]) == pytest.approx(1e-3 * 5 / 6)
+    bits = float(table[2]["val_bits_per_byte"])
+    assert bits == pytest.approx(float(table[2]["val_loss"]) / math.log(2), rel=0.01)
+
+
+def test_a_checkpoint_tells_all(train, data_dir):
+    assert train() == 0
+    tensors, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert meta["progress"]["iter_num"] == 20 and meta["progress"]["n"] == 160
+    assert meta["progress"]["tokens"] == 20 * 8 * 16
+    assert meta["model_config"]["n_embd"] == 32
+    assert meta["run_config"]["device"] == "cpu" and meta["run_config"]["dtype"] == "float32"
+    assert meta["run_config"]["micro_batch_size"] == 8, "what auto chose is stored"
+    assert meta["tokenizer"]["kind"] == "char"
+    names = {name.partition(".")[2] for name in tensors if name.startswith("model.")}
+    kinds = {name.split(".")[1] for name in tensors if name.startswith("optimizer.")}
+    assert kinds == {"step", "exp_avg", "exp_avg_sq"} and len(tensors) == 4 * len(names)
+
+
+def test_best_is_the_best_and_the_latest_the_last(train):
+    argv = ("--max_iters=40", "--learning_rate=0.5", "--schedule=constant", "--eval_interval=5")
+    assert train(*argv) == 0
+    table = [(float(r["val_loss"]), int(r["iter_num"])) for r in rows() if r["val_loss"]]
+    _, best = checkpoint.load(Path("run/best.safetensors"))
+    assert best["progress"]["iter_num"] == min(table)[1] != 40
+    assert best["progress"]["val_loss"] == best["progress"]["best_val_loss"]
+    _, latest = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert latest["progress"]["iter_num"] == 40
+
+
+def test_snapshots(train):
+    assert train("--snapshot_interval=4", "--keep_snapshots=2") == 0
+    kept = sorted(p.name for p in Path("run/snapshots").iterdir())
+    assert kept == ["iter_000016.safetensors", "iter_000020.safetensors"]
+
+
+def test_samples_on_the_way(train, capsys):
+    assert train("--sample_interval=10", "--sample_prompt=The", "--num_samples=1") == 0
+    out = capsys.readouterr().out
+    assert out.count("--- sample at iteration 10\nThe") == 1
+    assert out.count("--- sample at iteration 20\nThe") == 1, "once, though it is the end too"
+
+
+def test_an_older_run_is_moved_aside(train, capsys):
+    assert train("--seed=1") == 0 and train("--seed=2") == 0
+    assert "moved the older run to run.1" in capsys.readouterr().out
+    for folder, seed in (("run.1", 1), ("run", 2)):
+        _, meta = checkpoint.load(Path(folder) / "ckpt.safetensors")
+        assert meta["run_config"]["seed"] == seed
+
+
+def test_a_live_run_is_left_alone(train, resume, capsys):
+    assert train() == 0
+    before = Path("run/metrics.csv").read_bytes()
+    with filelock.FileLock("run/.lock"):
+        for call in (train, resume):
+            assert call() == 2
+            assert "a run is going on in run" in capsys.readouterr().err
+    assert Path("run/metrics.csv").read_bytes() == before and not Path("run.1").exists()
+
+
+# ---- when it ends
+
+
+@pytest.mark.parametrize(
+    "argv, why",
+    [
+        (["--target_val_loss=3.5"], "target_val_loss=3.5"),
+        (["--target_train_loss=3.5"], "target_train_loss=3.5"),
+        (["--max_seconds=0.3"], "max_seconds=0.3"),
+        (["--patience=2", "--learning_rate=1"], "patience=2"),
+    ],
+)
+def test_max_iters_0_runs_until_a_condition_is_met(train, capsys, argv, why):
+    assert train("--max_iters=0", "--schedule=constant", "--learning_rate=3e-3", *argv) == 0
+    assert f"done:    {why}" in capsys.readouterr().out
+    last = rows()[-1]
+    assert last["val_loss"], "a run ends with an evaluation"
+    if "target" in why:
+        assert float(last[why.split("=")[0].removeprefix("target_")]) <= 3.5
+
+
+def test_max_seconds_counts_over_all_resumes(train, resume, capsys):
+    assert train("--max_iters=0", "--schedule=constant", "--max_seconds=0.2") == 0
+    iter_num, seconds = int(rows()[-1]["iter_num"]), float(rows()[-1]["train_seconds"])
+    assert resume() == 0
+    assert f"max_seconds=0.2 reached after {iter_num:,} updates" in capsys.readouterr().out
+    assert resume(f"--max_seconds={seconds + 0.1}") == 0
+    assert int(rows()[-1]["iter_num"]) > iter_num
+
+
+# ---- what an update is
+
+
+def test_the_schedules():
+    def lrs(**options):
+        cfg = TrainConfig(max_iters=100, learning_rate=1.0, warmup_iters=10, min_lr=0.1, **options)
+        return [get_lr(i, cfg) for i in range(120)]
+
+    for schedule in ("cosine", "linear", "constant"):
+        lr = lrs(schedule=schedule)
+        assert lr[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+        assert lr[10] == 1.0 and max(lr) == 1.0
+    assert set(lrs(schedule="constant")[10:]) == {1.0}
+    for schedule in ("cosine", "linear"):
+        lr = lrs(schedule=schedule)
+        assert lr[55] == pytest.approx(0.55) and set(lr[100:]) == {0.1}
+        assert all(a > b for a, b in zip(lr[10:100], lr[11:101], strict=True))
+    assert lrs(schedule="linear")[32] == pytest.approx(0.1 + 0.9 * (1 - 22 / 90))
+    assert lrs(schedule="linear", lr_decay_iters=60)[60] == 0.1
+
+
+def test_micro_batches_add_up_to_the_batch(train):
+    """Accumulation is the same update: only rounding may differ. Dropout would draw otherwise."""
+    args = ("--dropout=0", "--max_iters=3", "--eval_interval=3")
+    assert train(*args) == 0 and train(*args, "--micro_batch_size=2", "--out_dir=micro") == 0
+    whole, parts = weights("run/ckpt.safetensors"), weights("micro/ckpt.safetensors")
+    for name in whole:
+        assert torch.allclose(whole[name], parts[name], atol=1e-5), name
+    assert not same(whole, parts)
+
+
+def test_the_gradient_is_clipped(train):
+    args = ("--max_iters=1", "--log_interval=1", "--eval_interval=1", "--beta1=0", "--dropout=0")
+    for clip, factor in ((1e9, 1.0), (0.01, 0.01)):
+        assert train(*args, f"--grad_clip={clip}", f"--out_dir=clip{clip}") == 0
+        norm = float(rows(f"clip{clip}")[0]["grad_norm"])
+        tensors, _ = checkpoint.load(Path(f"clip{clip}/ckpt.safetensors"))
+        moments = [t for n, t in tensors.items() if n.startswith("optimizer.exp_avg.")]
+        total = math.sqrt(sum(t.double().square().sum() for t in moments))
+        assert total == pytest.approx(norm if clip > 1 else factor, rel=1e-3)
+
+
+def test_only_matrices_and_embeddings_decay(train):
+    """With a gradient clipped to nothing, what shrinks is what decays."""
+    args = ("--max_iters=1", "--eval_interval=1", "--bias=True", "--warmup_iters=0")
+    args += ("--grad_clip=1e-30", "--weight_decay=100", "--learning_rate=1e-3")
+    assert train(*args) == 0
+    cfg = build(TrainConfig, {})
+    assert cfg.weight_decay == 0.1
+    for name, tensor in weights("run/ckpt.safetensors").items():
+        if tensor.dim() == 1 and name.endswith("weight"):
+            assert (tensor == 1).all(), name
+        elif tensor.dim() == 2:
+            std = 0.02 / 2 if "c_proj" in name else 0.02
+            assert tensor.std().item() == pytest.approx(std * (1 - 1e-3 * 100), rel=0.05), name
+
+
+def test_the_same_seed_gives_the_same_bits(train):
+    for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
+        assert train(f"--seed={seed}", f"--out_dir={folder}") == 0
+    a, b, c = (weights(f"{folder}/ckpt.safetensors") for folder in "abc")
+    assert same(a, b) and not same(a, c)
+
+
+def test_looking_changes_no_bit(train):
+    """Evaluating, logging, sampling and saving more often leaves the weights as they are."""
+    assert train() == 0
+    assert (
+        train(
+            "--eval_interval=3",
+            "--log_interval=1",
+            "--sample_interval=2",
+            "--snapshot_interval=7",
+            "--eval_tokens=100",
+            "--out_dir=watched",
+        )
+        == 0
+    )
+    assert same(weights("run/ckpt.safetensors"), weights("watched/ckpt.safetensors"))
+
+
+@pytest.mark.parametrize("model", ["gpt", "bigram"])
+def test_resuming_gives_the_same_bits(train, resume, model):
+    args = (
+        "--micro_batch_size=4",
+        "--max_iters=150",
+        "--eval_interval=50",
+        f"--model={model}",
+        "--snapshot_interval=33",
+        "--log_interval=7",
+    )
+    assert train(*args) == 0  # 150 updates of 8 windows: more than an epoch of 1058
+    whole, _ = checkpoint.load(Path("run/ckpt.safetensors"))
+    table = [[r[c] for c in COLUMNS[:8]] for r in rows()]
+    assert resume("--checkpoint=run/snapshots/iter_000033.safetensors") == 0
+    again, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert meta["progress"]["iter_num"] == 150
+    assert same(whole, again), "weights and the optimizer's moments"
+    assert [[r[c] for c in COLUMNS[:8]] for r in rows()] == table
+
+
+def test_a_resumed_run_goes_on_as_it_was_set_up(train, resume, capsys):
+    assert train("--max_iters=10") == 0
+    assert resume() == 0
+    assert "max_iters=10 reached after 10 updates" in capsys.readouterr().out
+    assert resume("--max_iters=15") == 0
+    assert int(rows()[-1]["iter_num"]) == 15
+    for change in ("--n_embd=64", "--dataset=other", "--seed=1", "--vocab_size=500"):
+        assert resume(change) == 2
+        assert "was made with" in capsys.readouterr().err
+
+
+def test_finetuning_takes_the_weights_and_nothing_else(train, capsys):
+    assert train() == 0
+    assert (
+        train(
+            "--init_from=run",
+            "--out_dir=tuned",
+            "--max_iters=1",
+            "--learning_rate=1e-30",
+            "--min_lr=0",
+            "--eval_interval=1",
+        )
+        == 0
+    )
+    tuned, meta = checkpoint.load(Path("tuned/ckpt.safetensors"))
+    assert meta["progress"]["iter_num"] == 1 and meta["progress"]["n"] == 8
+    best = weights("run/best.safetensors")
+    assert same(best, {k: v for k, v in tuned.items() if k.startswith("model.")})
+    assert train("--init_from=run/best.safetensors", "--n_layer=3") == 2
+    assert "n_layer=3, but run/best.safetensors was made with n_layer=2" in capsys.readouterr().err
+
+
+def test_evaluation_only(train, capsys):
+    assert train() == 0
+    last = [row for row in rows() if row["val_loss"]][-1]
+    before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
+    assert train("--init_from=run/ckpt.safetensors", "--eval_only") == 0
+    assert f"val loss {float(last['val_loss']):.4f}" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before, "nothing is written"
+
+
+def test_evaluation_is_the_mean_over_all_tokens(train, data_dir, capsys):
+    """Against every target predicted one by one, each window cut where evaluation cuts it."""
+    from data import bins
+    from model import GPT, GPTConfig
+
+    assert train() == 0
+    _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    model = GPT(GPTConfig(**meta["model_config"])).eval()
+    checkpoint.restore(
+        dict(model.named_parameters()),
+        *(checkpoint.load(Path("run/ckpt.safetensors"))[:1]),
+        "model.",
+        "",
+    )
+    val = torch.from_numpy(np.asarray(bins.load(data_dir / "small").val.tokens).astype(np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for i in range(0, len(val) - 1, 16):
+            window = val[i : i + 17]
+            loss = model(window[None, :-1], window[None, 1:])[1]
+            total += loss.item() * (len(window) - 1)
+    assert meta["progress"]["val_loss"] == pytest.approx(total / (len(val) - 1), abs=1e-5)
+
+
+# ---- when numbers fail
+
+
+def test_a_diverging_run_ends_with_3_and_keeps_its_checkpoint(train, capsys):
+    argv = (
+        "--learning_rate=1e20",
+        "--grad_clip=0",
+        "--eval_interval=2",
+        "--max_iters=100",
+        "--schedule=constant",
+        "--warmup_iters=3",
+    )
+    assert train("--max_iters=4", "--eval_interval=2") == 0
+    assert train(*argv, "--out_dir=bad") == 3
+    err = capsys.readouterr().err
+    assert "training diverged at iteration" in err and err.count("\n") == 1
+    for path in Path("bad").glob("*.safetensors"):
+        tensors, _ = checkpoint.load(path)
+        assert all(t.isfinite().all() for t in tensors.values()), path
+
+
+def test_nothing_that_is_no_number_reaches_the_weights(train, data_dir, monkeypatch):
+    """A single bad loss, and no later update either: the flag on the device stays up."""
+    import train as script
+
+    seen = []
+    original = script.forward_backward
+
+    def poisoned(run, idx, targets):
+        loss = original(run, idx, targets)
+        if run.progress.iter_num == 7:
+            run.model.wte.weight.grad[0, 0] = math.nan
+        seen.append(
+            (run.progress.iter_num, {n: p.clone() for n, p in run.model.named_parameters()})
+        )
+        return loss
+
+    monkeypatch.setattr(script, "forward_backward", poisoned)
+    assert train("--max_iters=20", "--log_interval=10", "--eval_interval=20") == 3
+    after = {iter_num: params for iter_num, params in seen if iter_num >= 7}
+    assert sorted(after) == [7, 8, 9], "noticed at the next log"
+    assert same(after[7], after[9])
+
+
+# ---- the quick start
+
+
+def test_the_quick_start_without_a_network(tmp_path):
+    """In a process of its own, where every address is refused: pydocs, a sample, and what next."""
+    block = "import socket; socket.socket.connect = None; socket.create_connection = None"
+    (tmp_path / "sitecustomize.py").write_text(block)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--max_iters=3", "--eval_tokens=1000"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no tiny Shakespeare here: cannot download" in done.stdout
+    assert "training on pydocs" in done.stdout and "next:    python sample.py" in done.stdout
+    assert (tmp_path / "out/quickstart/best.safetensors").exists()
+    after = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--prompt", "The", "--max_new_tokens=10"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert after.returncode == 0 and after.stdout.startswith("The")
+
+
+def test_only_the_quick_start_chooses_another_data_set(tmp_path, monkeypatch, capsys):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dataset=nothing_of_the_kind"]) == 2
+    assert "no recipe 'nothing_of_the_kind'" in capsys.readouterr().err
+    assert not Path("out").exists()
