@@ -39,9 +39,12 @@ PEAK_FLOPS = {  # dense, in half precision, from the vendors' data sheets; first
 class Log:
     """Writes metrics.csv and speaks: on a terminal with a progress bar, elsewhere in lines."""
 
-    def __init__(self, out_dir: Path, iter_num: int, max_iters: int):
-        """Go on at `iter_num`; rows from beyond it, left by a run that was killed, are dropped."""
+    def __init__(
+        self, out_dir: Path, iter_num: int, tokens: int, train_seconds: float, max_iters: int
+    ):
+        """Go on from there; rows from beyond `iter_num`, left by a run that was killed, go."""
         path = out_dir / "metrics.csv"
+        self._logged = tokens, train_seconds
         kept = [row for row in read(path) if int(row["iter_num"]) <= iter_num]
         partial = path.with_name(path.name + ".partial")
         self._file = open(partial, "w", newline="", encoding="utf-8")
@@ -59,6 +62,12 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
         self._file.close()
+
+    def tokens_per_second(self, tokens: int, train_seconds: float) -> float:
+        """The speed since the last call."""
+        before_tokens, before_seconds = self._logged
+        self._logged = tokens, train_seconds
+        return (tokens - before_tokens) / (train_seconds - before_seconds)
 
     def write(self, **row: int | float | None) -> None:
         self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})

@@ -52,9 +52,7 @@ class CausalSelfAttention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        # No dropout on the attention weights: it would take SDPA off its fused path (README)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -214,6 +212,17 @@ class Bigram(LanguageModel):
 
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, (B, n_head, T, head_dim) for each: softmax(q k^T / sqrt(head_dim)) v.
+
+    Without dropout on the weights, which would take SDPA off its fused path (README).
+    """
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # float32 is faster there (README)
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def token_loss(logits: Tensor, targets: Tensor | None) -> Tensor | None:

@@ -45,7 +45,6 @@ from sample import SampleConfig, complete, find_device, start_ids
 ROOT = Path(__file__).parent
 QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
 QUICK_START_SECONDS = 10  # to download its text, before it does without
-BFLOAT16_WIDTH = 256  # from this n_embd on bfloat16 is faster on CPUs that multiply it (README)
 WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever ends first
 
 
@@ -56,8 +55,8 @@ class TrainConfig(GPTConfig):
     # data
     dataset: str = "shakespeare_char"  # a folder in data_dir; built by prepare.py where it can be
     data_dir: str = "data"  # where data sets lie
-    batch_size: Annotated[int, "[1, inf)"] = 64  # sequences in an update, whatever the machine
-    micro_batch_size: Annotated[int, "[0, inf)"] = 0  # sequences held at a time; 0: all of them
+    batch_size: Annotated[int, "[1, 1e6]"] = 64  # sequences in an update, whatever the machine
+    micro_batch_size: Annotated[int, "[0, 1e6]"] = 0  # sequences held at a time; 0: all of them
 
     # where it starts, where it goes
     init_from: str = "scratch"  # scratch, resume, or a checkpoint to finetune
@@ -317,8 +316,8 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
     if dtype == "auto" and cuda:
         dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     elif dtype == "auto":
-        multiplies = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-        dtype = "bfloat16" if multiplies and cfg.n_embd >= BFLOAT16_WIDTH else "float32"
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+        dtype = "bfloat16" if fast else "float32"
     if dtype == "float16" and not cuda:
         raise UserError(f"dtype=float16 needs CUDA; on {device.type} write float32 or bfloat16")
     if threads and device.type == "cpu":
@@ -361,7 +360,7 @@ def make_run(
         tok=tokenizer.load(dataset.tokenizer),
         model=model,
         optimizer=make_optimizer(model, cfg),
-        scaler=torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "float16"),
+        scaler=torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.dtype == "float16"),
         diverged=torch.zeros(4, device=cfg.device),
         progress=progress,
         clock=Clock(progress, cfg.device),
@@ -385,10 +384,13 @@ def memory_needed(cfg: TrainConfig, model: LanguageModel) -> int:
 
 
 def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
+    """Refuse what this machine has no room for; what comes near its limit is let through."""
     if cfg.device.startswith("cuda"):
         there = torch.cuda.mem_get_info(cfg.device)[1]
-    else:
+    elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return  # Windows
     if (needed := memory_needed(cfg, model)) > there:
         raise UserError(
             f"this takes about {needed / 2**30:,.0f} GiB and {cfg.device} has "
@@ -399,6 +401,8 @@ def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
 @contextmanager
 def own_folder(out_dir: Path, new: bool) -> Iterator[None]:
     """Hold a run's folder for this process alone; a new run moves an older one aside first."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"--out_dir={out_dir} is a file; a run needs a folder")
     lock = filelock.FileLock(out_dir / ".lock", timeout=0)
     try:
         if new and out_dir.exists():
@@ -409,6 +413,8 @@ def own_folder(out_dir: Path, new: bool) -> Iterator[None]:
         lock.acquire()
     except (filelock.Timeout, FileExistsError):
         raise UserError(f"a run is going on in {out_dir}; choose another --out_dir") from None
+    except (NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--out_dir={out_dir}: {error.strerror}") from None
     try:
         yield
     finally:
@@ -687,6 +693,27 @@ def position(progress: Progress) -> dict[str, float]:
     }
 
 
+def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
+    """Log the update just made. Here, and not at every update, the host waits for the device."""
+    cfg, progress = run.cfg, run.progress
+    lr, loss, norm = get_lr(progress.iter_num - 1, cfg), loss.item(), norm.item()
+    check_finite(run)
+    run.clock.read()
+    speed = log.tokens_per_second(progress.tokens, progress.train_seconds)
+    peak = metrics.peak_flops(cfg.device) if cfg.dtype != "float32" else None
+    mfu = speed * run.model.flops_per_token() / peak if peak else None
+    log.write(
+        **position(progress),
+        lr=lr,
+        loss=loss,
+        grad_norm=norm,
+        tokens_per_second=round(speed),
+        mfu=mfu,
+    )
+    words = f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
+    log.show(progress.iter_num, words if mfu is None else f"{words}, {mfu:.1%} MFU")
+
+
 def print_samples(run: Run, log: metrics.Log) -> None:
     """Print num_samples texts that the model makes as it is now."""
     cfg = run.cfg
@@ -756,8 +783,9 @@ def train(run: Run) -> int:
     cfg, progress, out_dir = run.cfg, run.progress, Path(run.cfg.out_dir)
     if cfg.compile:
         run.model.compile()
+    start = progress.iter_num, progress.tokens, progress.train_seconds
     try:
-        with StopSignals() as stop, metrics.Log(out_dir, progress.iter_num, cfg.max_iters) as log:
+        with StopSignals() as stop, metrics.Log(out_dir, *start, cfg.max_iters) as log:
             plan(run)
             why = loop(run, log, stop)
             if stop.caught:
@@ -785,44 +813,24 @@ def train(run: Run) -> int:
 
 def loop(run: Run, log: metrics.Log, stop: StopSignals) -> str:
     """Update after update, until something ends it; return what did."""
-    cfg, progress, clock = run.cfg, run.progress, run.clock
-    peak = metrics.peak_flops(cfg.device) if cfg.dtype != "float32" else None
+    cfg, clock = run.cfg, run.clock
     clock.start()
-    logged = progress.tokens, progress.train_seconds
     while not (why := why_stop(run)) and not stop.caught:
         loss, norm = update(run)
         log.bar.update()
         if is_due(run, cfg.log_interval):
-            lr, loss, norm = get_lr(progress.iter_num - 1, cfg), loss.item(), norm.item()
-            check_finite(run)
-            clock.read()
-            speed = (progress.tokens - logged[0]) / (progress.train_seconds - logged[1])
-            logged = progress.tokens, progress.train_seconds
-            mfu = speed * run.model.flops_per_token() / peak if peak else None
-            log.write(
-                **position(progress),
-                lr=lr,
-                loss=loss,
-                grad_norm=norm,
-                tokens_per_second=round(speed),
-                mfu=mfu,
-            )
-            mfu_words = f", {mfu:.1%} MFU" if mfu else ""
-            log.show(
-                progress.iter_num,
-                f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s{mfu_words}",
-            )
-        if is_due(run, cfg.eval_interval):
+            log_update(run, log, loss, norm)
+        evaluates = is_due(run, cfg.eval_interval)
+        snapshots = is_due(run, cfg.snapshot_interval)
+        samples = is_due(run, cfg.sample_interval)
+        if evaluates or snapshots or samples:
             clock.stop()
-            evaluate_and_save(run, log)
-            clock.start()
-        elif is_due(run, cfg.snapshot_interval):
-            clock.stop()
-            save(run)
-            clock.start()
-        if is_due(run, cfg.sample_interval):
-            clock.stop()
-            print_samples(run, log)
+            if evaluates:
+                evaluate_and_save(run, log)
+            elif snapshots:
+                save(run)
+            if samples:
+                print_samples(run, log)
             clock.start()
     clock.stop()
     return why

@@ -61,7 +61,7 @@ def files(folder: Path) -> dict:
     [
         # options
         (training.main, "typo.py", "typo.py: unknown option 'bach_size'; did you mean 'batch_size'"),
-        (training.main, "type.py", "batch_size must be a whole number in [1, inf), not '3'"),
+        (training.main, "type.py", "batch_size must be a whole number in [1, 1e6], not '3'"),
         (training.main, "broken.py", "broken.py, line 1: SyntaxError"),
         (training.main, "raises.py", "raises.py, line 1: RuntimeError: no"),
         (training.main, "nowhere.py", "no recipe nowhere.py"),
@@ -69,7 +69,7 @@ def files(folder: Path) -> dict:
         (training.main, "--learning-rate=1", "did you mean 'learning_rate'"),
         (training.main, "learning_rate=1", "cannot read 'learning_rate=1'"),
         (training.main, "--batch_size=many", "batch_size must be a whole number"),
-        (training.main, "--batch_size=0", "batch_size must be a whole number in [1, inf), not 0"),
+        (training.main, "--batch_size=0", "batch_size must be a whole number in [1, 1e6], not 0"),
         (training.main, "--learning_rate=0", "learning_rate must be a number in (0, inf), not 0"),
         (training.main, "--learning_rate=nan", "learning_rate must be a number"),
         (training.main, "--dropout=1", "dropout must be a number in [0, 1), not 1"),
@@ -104,6 +104,10 @@ def files(folder: Path) -> dict:
         (training.main, "--device=cuda:9", "device 'cuda:9'"),
         (training.main, "--device=abacus", "no device 'abacus'"),
         (training.main, "--dtype=float16", "dtype=float16 needs CUDA"),
+        (training.main, "--n_embd=65536 --n_layer=99", "use a smaller model, micro_batch_size"),
+        (training.main, "--batch_size=1000000 --n_layer=999", "use a smaller model, micro_batch_size"),
+        (training.main, "--out_dir=good.txt", "--out_dir=good.txt is a file"),
+        (training.main, "--out_dir=good.txt/x", "--out_dir=good.txt/x: Not a directory"),
         # prepare.py
         (prepare.main, "nowhere", "no recipe 'nowhere'; there are shakespeare_char, shakespeare, pydo"),
         (prepare.main, "--name=x", "--name=x needs its text: --input=FILE"),

@@ -206,7 +206,7 @@ def test_the_gradient_is_clipped(train):
 def test_only_matrices_and_embeddings_decay(train):
     """With a gradient clipped to nothing, what shrinks is what decays."""
     args = ("--max_iters=1", "--eval_interval=1", "--bias=True", "--warmup_iters=0")
-    args += ("--grad_clip=1e-30", "--weight_decay=100", "--learning_rate=1e-3")
+    args += ("--grad_clip=1e-30", "--weight_decay=100")
     assert train(*args) == 0
     cfg = build(TrainConfig, {})
     assert cfg.weight_decay == 0.1
