@@ -18,5 +18,5 @@ learning_rate = 4e-3
 schedule = "linear"
 beta2 = 0.99
 
-eval_interval = 500
+eval_interval = 300
 log_interval = 50
