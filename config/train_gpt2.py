@@ -1,8 +1,8 @@
-"""GPT-2 (124M), as GPT-3's paper sets its smallest model up, on a data set of GPT-2 tokens.
+"""GPT-2 (124M parameters) on a data set in GPT-2's tokens.
 
 python train.py config/train_gpt2.py --dataset=NAME
 
-Hardware: written for one 80 GB GPU; not yet measured. Half a million tokens an update.
+Hardware: a GPU with 40 GB or more. Time and loss are not yet measured.
 """
 
 dataset = "shakespeare"  # name a larger one: these 300,000 tokens only show that it runs
