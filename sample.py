@@ -45,8 +45,8 @@ class SampleConfig:
     prompt: str = ""  # empty: begins after end-of-text, a newline, or a token drawn by the seed
 
     # how
-    num_samples: Annotated[int, "[1, inf)"] = 1  # how many, all from the same prompt
-    max_new_tokens: Annotated[int, "[1, inf)"] = 500  # length of each, in tokens
+    num_samples: Annotated[int, "[1, 1e4]"] = 1  # how many, all from the same prompt
+    max_new_tokens: Annotated[int, "[1, 1e5]"] = 500  # length of each, in tokens
     temperature: Annotated[float, "[0, inf)"] = 0.8  # 0: always the likeliest token
     top_k: Annotated[int, "[1, inf)"] = 200  # draw from the k likeliest tokens only
     top_p: Annotated[float, "(0, 1]"] = 1.0  # and from the fewest that hold this share

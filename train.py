@@ -91,8 +91,8 @@ class TrainConfig(GPTConfig):
     keep_snapshots: Annotated[int, "[0, inf)"] = 0  # the newest so many; 0: all
     sample_interval: Annotated[int, "[0, inf)"] = 0  # updates between samples; 0: at the end only
     sample_prompt: str = ""  # what they continue
-    num_samples: Annotated[int, "[0, inf)"] = 1  # how many, each time
-    sample_tokens: Annotated[int, "[1, inf)"] = 300  # length of each
+    num_samples: Annotated[int, "[0, 1e4]"] = 1  # how many, each time
+    sample_tokens: Annotated[int, "[1, 1e5]"] = 300  # length of each
 
     # the machine
     device: str = "auto"  # cuda, cuda:1, mps, cpu; auto: the first of them that is there
@@ -799,6 +799,11 @@ def train(run: Run) -> int:
             print(f"done:    {why} after {progress.iter_num:,} updates")
             if not is_due(run, cfg.sample_interval):
                 print_samples(run, log)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{cfg.device} is out of memory; a smaller micro_batch_size than "
+            f"{cfg.micro_batch_size} trains the same"
+        ) from None
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

@@ -49,8 +49,8 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
         except BrokenPipeError:  # the reader left, as in `python sample.py | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        except OSError as error:
-            message, code = error, 1
+        except (OSError, MemoryError) as error:
+            message, code = str(error) or "out of memory", 1
         except KeyboardInterrupt:
             message, code = "interrupted", 130
         print("error:", " ".join(str(message).split()), file=sys.stderr)

@@ -118,6 +118,13 @@ def test_a_header_that_lies_is_refused(path, old, new):
         checkpoint.load(path)
 
 
+def test_bytes_that_the_header_does_not_name_are_refused(path):
+    body = path.read_bytes()[:-32] + b"\0" * 64
+    path.write_bytes(body + hashlib.sha256(body).digest())
+    with pytest.raises(UserError, match="longer than its header says"):
+        checkpoint.load(path)
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other"
     safetensors.torch.save_file({"a": torch.ones(100)}, path)

@@ -117,6 +117,18 @@ def test_dropout_works_in_training_only():
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 
+@pytest.mark.parametrize("sublayer", ["attn", "mlp"])
+def test_half_of_what_a_sublayer_adds_is_dropped(sublayer):
+    block = GPT(GPTConfig(1, 2, 32, 16, 65, dropout=0.5)).h[0]
+    for name in ("attn", "mlp"):
+        c_proj = getattr(block, name).c_proj
+        torch.nn.init.zeros_(c_proj.weight)
+        torch.nn.init.constant_(c_proj.bias, float(name == sublayer))
+    added = block(torch.zeros(4, 16, 32))
+    assert set(added.unique().tolist()) == {0.0, 2.0}
+    assert 0.4 < (added == 0).float().mean() < 0.6
+
+
 @pytest.mark.parametrize("config", [SMALL, GPTConfig(2, 2, 96, 128, 300)])
 def test_flops_per_token_are_what_torch_counts(config):
     """Attention as two products of matrices, so that torch sees all of them."""

@@ -118,6 +118,11 @@ def test_a_character_cut_off_by_the_end_is_marked():
     assert [stream.add(0xC3), stream.finish()] == ["", "\ufffd"]
 
 
+def test_what_might_have_become_stop_is_shown_at_the_end():
+    stream = TextStream(tokenizer.ByteTokenizer(), stop="END")
+    assert [stream.add(i) for i in b"xEN"] == ["x", "", ""] and stream.finish() == "EN"
+
+
 @needs_gpt2_vocabulary
 def test_end_of_text_ends_a_sample():
     stream = TextStream(tokenizer.GPT2Tokenizer())
