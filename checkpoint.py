@@ -29,6 +29,17 @@ from config import UserError
 
 FORMAT = 1
 LATEST, BEST, SNAPSHOTS = "ckpt.safetensors", "best.safetensors", "snapshots"
+META = {  # what train.py puts into the header, beside `format`
+    "run_id": str,
+    "model": str,  # gpt or bigram
+    "model_config": dict,  # GPTConfig's fields
+    "run_config": dict,  # the rest of TrainConfig's, nothing "auto" any more
+    "tokenizer": dict,  # what tokenizer.load() takes
+    "dataset": str,  # the fingerprint of its tokens
+    "progress": dict,  # iteration, windows drawn, losses, seconds
+    "scaler": dict,  # float16's
+    "threads": int,
+}
 DIGEST = {"dtype": "U8", "shape": [32]}
 DTYPES = {
     "F64": torch.float64,
@@ -117,6 +128,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         meta = json.loads(header.pop("__metadata__")["folio"])
         if meta["format"] != FORMAT:
             raise ValueError(f"its format is {meta['format']}, not {FORMAT}")
+        for key, kind in META.items():
+            if type(meta[key]) is not kind:
+                raise ValueError(f"{key!r} in its header is no {kind.__name__}")
         return {name: _view(data[start:], about) for name, about in header.items()}, meta
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"

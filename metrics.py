@@ -48,7 +48,7 @@ class Log:
         kept = [row for row in read(path) if int(row["iter_num"]) <= iter_num]
         partial = path.with_name(path.name + ".partial")
         self._file = open(partial, "w", newline="", encoding="utf-8")
-        self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._csv = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         self._csv.writeheader()
         self._csv.writerows(kept)
         self._file.flush()
@@ -76,22 +76,24 @@ class Log:
     def show(self, iter_num: int, words: str) -> None:
         """A passing state: in the bar, or as a line where there is none."""
         if self.bar.disable:
-            self.say(f"iter {iter_num:,}: {words}")
+            say(f"iter {iter_num:,}: {words}")
         else:
             self.bar.set_postfix_str(words, refresh=False)
 
-    def say(self, words: str) -> None:
-        """A line that stays."""
-        tqdm.write(words)
-        sys.stdout.flush()
+
+def say(words: str) -> None:
+    """Print a line that stays, above the progress bar where there is one."""
+    tqdm.write(words)
+    sys.stdout.flush()
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; a last line that a kill cut short is left out."""
+    """The rows of a metrics.csv; lines that a kill cut short, or that are none, are left out."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["wall_seconds"]]
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(file)
+        return [r for r in rows if r.get("wall_seconds") and r.get("iter_num", "").isdecimal()]
 
 
 def draw_losses(out_dir: Path, baseline: float) -> None:

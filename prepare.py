@@ -119,6 +119,8 @@ def read_text(options: PrepareConfig, recipe: Recipe) -> tuple[str, str]:
 def decode(path: Path) -> str:
     """The text of a UTF-8 file, line ends as they are; the first byte that is wrong is named."""
     try:
+        if path.is_char_device():
+            raise UserError(f"{path} is a device, not a text")
         data = path.read_bytes()
         if not data:
             raise UserError(f"{path} is empty")

@@ -64,10 +64,9 @@ def main(argv: list[str]) -> None:
     tok = tokenizer.load(meta["tokenizer"])
     ids = start_ids(tok, prompt, options.seed)
 
-    progress = meta["progress"]
-    val_loss = progress["val_loss"]
-    loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
-    print(f"{path}: iteration {progress['iter_num']}{loss}; {device}", file=sys.stderr)
+    iter_num, val_loss = meta["progress"].get("iter_num"), meta["progress"].get("val_loss")
+    loss = f", validation loss {val_loss:.4f}" if type(val_loss) is float else ""
+    print(f"{path}: iteration {iter_num}{loss}; {device}", file=sys.stderr)
     if len(ids) > (longest := model.config.block_size):
         print(
             f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr
@@ -101,8 +100,9 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"no device {name!r}; this machine has {', '.join(names)}") from None
     if not there.get(device.type):
         raise UserError(f"device {name!r} is not on this machine, which has {', '.join(names)}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} of them")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise UserError(f"device {name!r}: this machine has {count} of them")
     return device
 
 
@@ -115,6 +115,8 @@ def load_model(path: Path, device: torch.device) -> tuple[LanguageModel, dict]:
     """The model in a checkpoint, in evaluation mode on `device`, and the checkpoint's meta."""
     tensors, meta = checkpoint.load(path)
     cfg = config.build(GPTConfig, meta["model_config"], source=str(path))
+    if meta["model"] not in MODELS:
+        raise UserError(f"{path} holds a model of kind {meta['model']!r}; known are gpt, bigram")
     model = MODELS[meta["model"]](cfg)
     checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
     return model.to(device).eval(), meta
@@ -122,13 +124,12 @@ def load_model(path: Path, device: torch.device) -> tuple[LanguageModel, dict]:
 
 def read_prompt(prompt: str) -> str:
     """The text that --prompt means."""
-    if prompt == "-":
-        return sys.stdin.read()
-    if not prompt.startswith("FILE:"):
+    if prompt != "-" and not prompt.startswith("FILE:"):
         return unescape(prompt)
-    path = Path(prompt.removeprefix("FILE:"))
+    path = prompt.removeprefix("FILE:")
     try:
-        return path.read_bytes().decode()
+        data = sys.stdin.buffer.read() if prompt == "-" else Path(path).read_bytes()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt: {path} is not UTF-8 at offset {error.start}") from None
     except OSError as error:

@@ -143,16 +143,18 @@ NANOGPT = {  # options of nanoGPT's that mean something else here, or nothing
 class Progress:
     """How far a run has come; with the weights and the optimizer, all that a resume needs."""
 
-    iter_num: int = 0  # updates made
-    n: int = 0  # windows drawn: the next batch is window(seed, n) to window(seed, n + batch_size)
-    tokens: int = 0  # trained on
+    iter_num: Annotated[int, "[0, inf)"] = 0  # updates made
+    n: Annotated[int, "[0, inf)"] = (
+        0  # windows drawn: the next batch is window(seed, n) to window(seed, n + batch_size)
+    )
+    tokens: Annotated[int, "[0, inf)"] = 0  # trained on
     train_loss: float | None = None  # at the last evaluation, nats per token
     val_loss: float | None = None
     best_val_loss: float | None = None
-    evals_since_best: int = 0
-    eval_iter: int = 0  # when that was
-    train_seconds: float = 0.0  # without evaluation, saving and compilation
-    wall_seconds: float = 0.0  # with them
+    evals_since_best: Annotated[int, "[0, inf)"] = 0
+    eval_iter: Annotated[int, "[0, inf)"] = 0  # when that was
+    train_seconds: Annotated[float, "[0, inf)"] = 0.0  # without evaluation, saving and compilation
+    wall_seconds: Annotated[float, "[0, inf)"] = 0.0  # with them
 
 
 class Clock:
@@ -321,7 +323,7 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
     if dtype == "float16" and not cuda:
         raise UserError(f"dtype=float16 needs CUDA; on {device.type} write float32 or bfloat16")
     if threads and device.type == "cpu":
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(1, min(threads, 1024)))
     torch.backends.cuda.matmul.allow_tf32 = True  # for what stays in float32
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -401,20 +403,21 @@ def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
 @contextmanager
 def own_folder(out_dir: Path, new: bool) -> Iterator[None]:
     """Hold a run's folder for this process alone; a new run moves an older one aside first."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"--out_dir={out_dir} is a file; a run needs a folder")
+    if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
+        raise UserError(f"--out_dir={out_dir} cannot be a run's folder")
+    files = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    if new and files - {".lock"} and "metrics.csv" not in files:
+        raise UserError(f"--out_dir={out_dir} holds something that is no run; choose another")
     lock = filelock.FileLock(out_dir / ".lock", timeout=0)
     try:
-        if new and out_dir.exists():
+        if new and files:
             with lock:
                 bins.move_aside(out_dir)
         if new:
-            out_dir.mkdir(parents=True)
+            out_dir.mkdir(parents=True, exist_ok=not files)
         lock.acquire()
     except (filelock.Timeout, FileExistsError):
         raise UserError(f"a run is going on in {out_dir}; choose another --out_dir") from None
-    except (NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--out_dir={out_dir}: {error.strerror}") from None
     try:
         yield
     finally:
@@ -590,7 +593,7 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
         val_bits_per_byte=bits_per_byte(run),
     )
     clocks = f"{progress.train_seconds:.1f} s training, {progress.wall_seconds:.1f} s in all"
-    log.say(f"iter {progress.iter_num:,}: {words}; {clocks}")
+    metrics.say(f"iter {progress.iter_num:,}: {words}; {clocks}")
     save(run, best)
 
 
@@ -714,7 +717,7 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
     log.show(progress.iter_num, words if mfu is None else f"{words}, {mfu:.1%} MFU")
 
 
-def print_samples(run: Run, log: metrics.Log) -> None:
+def print_samples(run: Run) -> None:
     """Print num_samples texts that the model makes as it is now."""
     cfg = run.cfg
     if cfg.num_samples == 0:
@@ -728,7 +731,7 @@ def print_samples(run: Run, log: metrics.Log) -> None:
         pieces = list(complete(run.model, run.tok, ids, options))
     run.model.train()
     for text in map("".join, zip(*pieces, strict=True)):
-        log.say(f"--- sample at iteration {run.progress.iter_num:,}\n{cfg.sample_prompt}{text}")
+        metrics.say(f"--- sample at iteration {run.progress.iter_num:,}\n{cfg.sample_prompt}{text}")
 
 
 def first_word(run: Run) -> str:
@@ -788,17 +791,17 @@ def train(run: Run) -> int:
         with StopSignals() as stop, metrics.Log(out_dir, *start, cfg.max_iters) as log:
             plan(run)
             why = loop(run, log, stop)
+            if not stop.caught and progress.eval_iter != progress.iter_num:
+                evaluate_and_save(run, log)
             if stop.caught:
                 save(run)
-                print(f"stopped: {stop.caught.name} after {progress.iter_num:,} updates; saved")
-                print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
-                return 128 + stop.caught
-            if progress.eval_iter != progress.iter_num:
-                evaluate_and_save(run, log)
-            log.bar.close()
-            print(f"done:    {why} after {progress.iter_num:,} updates")
-            if not is_due(run, cfg.sample_interval):
-                print_samples(run, log)
+        if stop.caught:
+            print(f"stopped: {stop.caught.name} after {progress.iter_num:,} updates; saved")
+            print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
+            return 128 + stop.caught
+        print(f"done:    {why} after {progress.iter_num:,} updates")
+        if not is_due(run, cfg.sample_interval):
+            print_samples(run)
     except torch.OutOfMemoryError:
         raise UserError(
             f"{cfg.device} is out of memory; a smaller micro_batch_size than "
@@ -812,7 +815,8 @@ def train(run: Run) -> int:
         baseline = bins.bigram_loss(data.train.tokens, data.val.tokens, data.vocab_size)
         metrics.draw_losses(out_dir, baseline)
     print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
-    print(f'next:    python sample.py --prompt "{first_word(run)}"')
+    where = "" if out_dir.parent == Path("out") else f"--checkpoint {out_dir} "
+    print(f'next:    python sample.py {where}--prompt "{first_word(run)}"')
     return 0
 
 
@@ -835,7 +839,7 @@ def loop(run: Run, log: metrics.Log, stop: StopSignals) -> str:
             elif snapshots:
                 save(run)
             if samples:
-                print_samples(run, log)
+                print_samples(run)
             clock.start()
     clock.stop()
     return why

@@ -15,6 +15,7 @@ everything else that Folio reads is data.
 
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import math
@@ -26,6 +27,19 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
+
+BAD_PATH = {  # what a path that cannot be right ends in; a disk that is full or broken is not here
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+LARGEST_INT = 2**53  # above it, a whole number is not exact as a float
 
 
 class UserError(ValueError):
@@ -50,7 +64,8 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (OSError, MemoryError) as error:
-            message, code = str(error) or "out of memory", 1
+            message = str(error) or "out of memory"
+            code = 2 if getattr(error, "errno", None) in BAD_PATH else 1
         except KeyboardInterrupt:
             message, code = "interrupted", 130
         print("error:", " ".join(str(message).split()), file=sys.stderr)
@@ -122,7 +137,7 @@ def _run_recipe(path: str) -> dict[str, object]:
         raise UserError(f"no recipe {path}; there are: {', '.join(known) or 'none here'}")
     try:
         names = runpy.run_path(path)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         frames = [f for f in inspect.getinnerframes(error.__traceback__) if f.filename == path]
         line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
@@ -171,6 +186,7 @@ def _check(name: str, value: object, hint: object, source: str) -> object:
         wanted = "one of " + ", ".join(str(choice) for choice in choices)
     else:
         good = type(value) is base or (base is float and type(value) is int)
+        good = good and not (type(value) is int and abs(value) > LARGEST_INT)
         wanted = {int: "a whole number", float: "a number", str: "text"}[base]
         if interval:
             wanted += f" in {interval}"

@@ -211,6 +211,10 @@ def write(folder: Path, splits: dict[str, tuple], tokenizer: dict, vocab_size: i
     `splits` maps "train" and "val" to (ids, n_bytes): integers (n_tokens,) and the UTF-8 bytes
     that they encode. Everything is written into a hidden folder beside, which is then renamed.
     """
+    if folder.exists() and not (folder / "meta.json").is_file():
+        raise UserError(
+            f"{folder} is there and is no data set of prepare.py's; choose another name"
+        )
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)

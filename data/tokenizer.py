@@ -28,6 +28,7 @@ class CharTokenizer:
         codes = _code_points(characters)
         if len(codes) == 0 or (np.diff(codes.astype(np.int64)) <= 0).any():
             raise ValueError("the characters of a tokenizer must be in order, each once")
+        characters.encode()  # a lone surrogate is no character
         self.characters = characters
         self.vocab_size = len(codes)
         self._id_of = np.full(int(codes.max()) + 2, self.vocab_size, np.uint32)
@@ -66,7 +67,7 @@ class ByteTokenizer:
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+        return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.uint32)
 
     def decode_bytes(self, ids) -> bytes:
         return bytes(int(i) for i in ids)

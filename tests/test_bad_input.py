@@ -32,6 +32,7 @@ def folder(tmp_path, monkeypatch, data_dir):
     (tmp_path / "type.py").write_text("batch_size = '3'")
     (tmp_path / "broken.py").write_text("batch_size = ")
     (tmp_path / "raises.py").write_text("raise RuntimeError('no')")
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)")
     (tmp_path / "text.safetensors").write_text(TEXT)
     for name, ids, vocab_size in (
         ("short", np.zeros(20, np.uint16), 5),
@@ -106,8 +107,19 @@ def files(folder: Path) -> dict:
         (training.main, "--dtype=float16", "dtype=float16 needs CUDA"),
         (training.main, "--n_embd=65536 --n_layer=99", "use a smaller model, micro_batch_size"),
         (training.main, "--batch_size=1000000 --n_layer=999", "use a smaller model, micro_batch_size"),
-        (training.main, "--out_dir=good.txt", "--out_dir=good.txt is a file"),
-        (training.main, "--out_dir=good.txt/x", "--out_dir=good.txt/x: Not a directory"),
+        (training.main, "--out_dir=", "cannot be a run's folder"),
+        (training.main, "--out_dir=data", "--out_dir=data holds something that is no run"),
+        (training.main, f"--out_dir={'a' * 300}", "File name too long"),
+        (training.main, f"--seed={'9' * 40}", "seed must be a whole number"),
+        (training.main, f"--max_iters=1{'0' * 400}", "max_iters must be a whole number"),
+        (training.main, "--num_samples=100000000000", "num_samples must be a whole number in [0, 1e4]"),
+        (training.main, "--device=cpu:7", "device 'cpu:7': this machine has 1"),
+        (training.main, "exits.py", "exits.py, line 1: SystemExit"),
+        (prepare.main, "--name=x --input=/dev/zero", "/dev/zero is a device, not a text"),
+        (prepare.main, "--name=good.txt --input=good.txt --data_dir=.", "good.txt is there and is no data set"),
+        (prepare.main, "--name=x --input=good.txt --data_dir=good.txt", "Not a directory"),
+        (training.main, "--out_dir=good.txt", "--out_dir=good.txt cannot be a run's folder"),
+        (training.main, "--out_dir=good.txt/x", "Not a directory"),
         # prepare.py
         (prepare.main, "nowhere", "no recipe 'nowhere'; there are shakespeare_char, shakespeare, pydo"),
         (prepare.main, "--name=x", "--name=x needs its text: --input=FILE"),

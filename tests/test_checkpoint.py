@@ -20,7 +20,8 @@ TENSORS = {
     "model.long": torch.tensor([2**40]),
     "model.empty": torch.empty(0, 4),
 }
-META = {"progress": {"iter_num": 3, "val_loss": 0.1 + 0.2}, "text": "é\n"}
+META = {key: kind() for key, kind in checkpoint.META.items()}
+META |= {"progress": {"iter_num": 3, "val_loss": 0.1 + 0.2}, "run_id": "é\n"}
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_the_last_tensor_is_the_digest_of_the_rest(path):
 def test_views_are_saved_as_what_they_show(tmp_path):
     path = tmp_path / "x.safetensors"
     table = torch.arange(12.0).view(3, 4)
-    checkpoint.save(path, {"model.column": table[:, 1], "model.t": table.T}, {})
+    checkpoint.save(path, {"model.column": table[:, 1], "model.t": table.T}, META)
     tensors, _ = checkpoint.load(path)
     assert torch.equal(tensors["model.column"], table[:, 1])
     assert torch.equal(tensors["model.t"], table.T)
@@ -109,6 +110,8 @@ def rewrite(path, old, new):
         (b'"folio"', b'"other"'),
         (b'\\"format\\": 1', b'\\"format\\": 2'),
         (b'"sha256"', b'"sha255"'),
+        (b'\\"threads\\": 0', b'\\"threads\\": {}'),
+        (b'\\"model_config\\"', b'\\"model_confib\\"'),
     ],
 )
 def test_a_header_that_lies_is_refused(path, old, new):
@@ -141,12 +144,12 @@ def test_other_files_are_refused(tmp_path):
 def save_run(folder, iter_num, best=False, snapshot=False, keep=0):
     tensors = {"model.a": torch.full((3,), float(iter_num))}
     name = f"iter_{iter_num:06d}" if snapshot else ""
-    checkpoint.save_run(folder, tensors, {"iter_num": iter_num}, best, name, keep)
+    checkpoint.save_run(folder, tensors, {**META, "threads": iter_num}, best, name, keep)
 
 
 def iterations(folder):
     files = sorted(folder.rglob("*.safetensors"))
-    return {str(p.relative_to(folder)): checkpoint.load(p)[1]["iter_num"] for p in files}
+    return {str(p.relative_to(folder)): checkpoint.load(p)[1]["threads"] for p in files}
 
 
 def test_best_and_snapshots_stay_while_the_latest_moves_on(tmp_path):
