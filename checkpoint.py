@@ -65,13 +65,17 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     partial = path.with_name(path.name + ".partial")
     digest = hashlib.sha256()
-    with open(partial, "wb", buffering=0) as file:
-        for block in _blocks(tensors, {"format": FORMAT, **meta}):
-            digest.update(block)
-            _write_all(file, block)
-        _write_all(file, digest.digest())
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb", buffering=0) as file:
+            for block in _blocks(tensors, {"format": FORMAT, **meta}):
+                digest.update(block)
+                _write_all(file, block)
+            _write_all(file, digest.digest())
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

@@ -12,6 +12,7 @@ metrics.csv has a row for every log and every evaluation, empty where nothing wa
 
 import csv
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ PEAK_FLOPS = {  # dense, in half precision, from the vendors' data sheets; first
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -125,7 +127,9 @@ def peak_flops(device: str) -> float | None:
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next(
+        (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None
+    )
 
 
 def in_words(seconds: float) -> str:

@@ -105,21 +105,22 @@ class LanguageModel(nn.Module):
         top_p: float = 1.0,
         n_ids: int | None = None,
     ) -> Iterator[Tensor]:
-        """Continue `idx` (B, T), yielding the next ids (B,) one position after the other.
+        """Continue `idx` (B, T) by N ids, yielding them (B,) position after position, on the CPU.
 
-        `uniforms` (B, N) in [0, 1) decide the N draws of each row, so that a row's text depends
-        on its own numbers alone. Only the last block_size ids are seen. Ids from `n_ids` on are
-        never drawn; temperature 0 takes the likeliest id.
+        `uniforms` (B, N) in [0, 1), on the CPU, decide the draws of each row, so that a row's text
+        depends on its own numbers alone. Only the last block_size ids are seen. Ids from `n_ids`
+        on are never drawn; temperature 0 takes the likeliest id.
         """
         for u in uniforms.unbind(1):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            logits = logits[:, -1, :n_ids].float()
+            # forward itself: a compiled model would be compiled anew for each length
+            logits, _ = self.forward(idx[:, -self.config.block_size :])
+            logits = logits[:, -1, :n_ids].float().cpu()
             if temperature == 0:
                 new = logits.argmax(-1)
             else:
                 new = draw(token_probs(logits, temperature, top_k, top_p), u)
             yield new
-            idx = torch.cat((idx, new[:, None]), dim=1)
+            idx = torch.cat((idx, new[:, None].to(idx.device)), dim=1)
 
 
 class GPT(LanguageModel):
@@ -255,8 +256,7 @@ def token_probs(logits: Tensor, temperature: float, top_k: int | None, top_p: fl
 
 def draw(probs: Tensor, u: Tensor) -> Tensor:
     """Ids (B,) where the cumulative distribution of probs (B, V) passes u (B,), u in [0, 1)."""
-    precise = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no more
-    cumulative = probs.to(precise).cumsum(-1)
-    passed = u[:, None].to(precise) * cumulative[:, -1:]
+    cumulative = probs.double().cumsum(-1)
+    passed = u[:, None].double() * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
     return ids.where(ids < probs.shape[-1], probs.argmax(-1))  # u so near 1 that it rounded up

@@ -146,6 +146,10 @@ def start_ids(tok: Tokenizer, prompt: str, seed: int) -> np.ndarray:
     That is end-of-text where there is one, else a newline, else an id drawn by `seed`.
     """
     if prompt:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt is not Unicode at character {error.start + 1}") from None
         return tok.encode(prompt)
     if tok.end_of_text is not None:
         return np.array([tok.end_of_text])
@@ -164,7 +168,7 @@ def complete(
     n = options.max_new_tokens
     # each sample has its own stream: sample 7 is the same among 10 or 1000
     streams = [np.random.default_rng((options.seed, i)) for i in range(options.num_samples)]
-    uniforms = torch.from_numpy(np.stack([s.random(n, np.float32) for s in streams])).to(device)
+    uniforms = torch.from_numpy(np.stack([s.random(n) for s in streams]))
     texts = [TextStream(tok, options.stop) for _ in range(options.num_samples)]
     for new in model.generate(
         idx, uniforms, options.temperature, options.top_k, options.top_p, tok.vocab_size

@@ -152,7 +152,7 @@ class Progress:
     val_loss: float | None = None
     best_val_loss: float | None = None
     evals_since_best: Annotated[int, "[0, inf)"] = 0
-    eval_iter: Annotated[int, "[0, inf)"] = 0  # when that was
+    eval_iter: Annotated[int, "[0, inf)"] = 0  # iter_num at the last evaluation
     train_seconds: Annotated[float, "[0, inf)"] = 0.0  # without evaluation, saving and compilation
     wall_seconds: Annotated[float, "[0, inf)"] = 0.0  # with them
 
@@ -168,8 +168,8 @@ class Clock:
         self._since = time.perf_counter()
 
     def stop(self) -> None:
-        if self._device.startswith("cuda"):
-            torch.cuda.synchronize(self._device)
+        if self._device != "cpu":
+            torch.accelerator.synchronize(self._device)
         self.read()
         self._since = None
 
@@ -209,21 +209,24 @@ class Diverged(Exception):
 def main(argv: list[str]) -> int:
     given = config.read(TrainConfig, argv, instead=NANOGPT)
     path, tensors, meta = None, {}, {}
+    quick_start = False
     if given.get("init_from", "scratch") != "scratch":
         path, given = starting_point(given)
         tensors, meta = checkpoint.load(path)
         given = adopt(given, meta, path)
     elif not any(word.endswith(".py") for word in argv):
-        given = quick_start(given)
-    cfg = config.build(TrainConfig, given)
-    if not (Path(cfg.data_dir) / cfg.dataset).is_dir():
-        prepare(cfg.data_dir, cfg.dataset)
-    dataset = bins.load(Path(cfg.data_dir) / cfg.dataset)
+        quick_start = "dataset" not in given
+        out_dir = "out/" + given.get("dataset", "quickstart")
+        given = {**config.read(TrainConfig, [QUICK_START]), "out_dir": out_dir, **given}
+    cfg = choose_machine(config.build(TrainConfig, given), meta.get("threads"))
+    dataset = find_dataset(cfg, quick_start)
+    if quick_start:
+        cfg = replace(cfg, dataset=dataset.folder.name)
     if "vocab_size" not in given:
         cfg = replace(cfg, vocab_size=dataset.vocab_size)
     check_dataset(cfg, dataset, meta, path)
-    cfg = choose_machine(cfg, meta.get("threads"))
     run = make_run(cfg, dataset, tensors, meta, path)
+    del tensors  # copied by now, and as large as the run itself
     describe(run)
     if cfg.eval_only:
         print(f"{path or 'untrained'}: {evaluate_both(run)}")
@@ -232,25 +235,25 @@ def main(argv: list[str]) -> int:
         return train(run)
 
 
-def quick_start(given: dict) -> dict:
-    """The options where no recipe is named: those of QUICK_START under the user's own.
+def find_dataset(cfg: TrainConfig, quick_start: bool) -> bins.Dataset:
+    """The data set that is asked for, built first where it is missing and prepare.py knows how.
 
-    Where the user names no data set either and the recipe's cannot be fetched within seconds,
-    the text is the Python language reference, which needs no download.
+    The quick start, in which the user named none, takes the Python language reference where tiny
+    Shakespeare cannot be fetched within seconds: it needs no download.
     """
-    recipe = config.read(TrainConfig, [QUICK_START])
-    if "dataset" in given:
-        return {**recipe, "out_dir": f"out/{given['dataset']}", **given}
-    recipe["out_dir"] = "out/quickstart"
-    data_dir = given.get("data_dir", TrainConfig.data_dir)
-    if not (Path(data_dir) / recipe["dataset"]).is_dir():
+    folder = Path(cfg.data_dir) / cfg.dataset
+    if not folder.is_dir():
         try:
-            prepare(data_dir, recipe["dataset"], timeout=QUICK_START_SECONDS)
+            prepare(cfg.data_dir, cfg.dataset, QUICK_START_SECONDS if quick_start else None)
         except UserError as error:
+            if not quick_start:
+                raise
             reason = str(error).split(";")[0]
             print(f"no tiny Shakespeare here: {reason}; training on pydocs, Python's own reference")
-            recipe["dataset"] = "pydocs"
-    return {**recipe, **given}
+            folder = Path(cfg.data_dir) / "pydocs"
+            if not folder.is_dir():
+                prepare(cfg.data_dir, "pydocs")
+    return bins.load(folder)
 
 
 def prepare(data_dir: str, name: str, timeout: float | None = None) -> None:
@@ -272,6 +275,8 @@ def starting_point(given: dict) -> tuple[Path, dict]:
     if "checkpoint" in given:
         path = Path(given["checkpoint"])
         folder = path.parent.parent if path.parent.name == checkpoint.SNAPSHOTS else path.parent
+        if Path(given.get("out_dir", folder)) != folder:
+            raise UserError(f"{path} belongs to the run in {folder}, not to {given['out_dir']}")
     else:
         folder = Path(given.get("out_dir") or checkpoint.newest_run(Path("out")))
         path = folder / checkpoint.LATEST
@@ -324,7 +329,7 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
         raise UserError(f"dtype=float16 needs CUDA; on {device.type} write float32 or bfloat16")
     if threads and device.type == "cpu":
         torch.set_num_threads(max(1, min(threads, 1024)))
-    torch.backends.cuda.matmul.allow_tf32 = True  # for what stays in float32
+    torch.backends.cuda.matmul.allow_tf32 = dtype != "float32"  # where half precision was enough
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg.deterministic)
@@ -382,7 +387,8 @@ def model_config(cfg: TrainConfig) -> dict:
 def memory_needed(cfg: TrainConfig, model: LanguageModel) -> int:
     """Bytes, roughly: weights, gradients and AdamW's moments, and a micro batch's activations."""
     tokens = cfg.micro_batch_size * cfg.block_size
-    return 16 * model.n_params() + 4 * tokens * model.activations_per_token()
+    width = 4 if cfg.dtype == "float32" else 2
+    return 16 * model.n_params() + width * tokens * model.activations_per_token()
 
 
 def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
@@ -405,7 +411,8 @@ def own_folder(out_dir: Path, new: bool) -> Iterator[None]:
     """Hold a run's folder for this process alone; a new run moves an older one aside first."""
     if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
         raise UserError(f"--out_dir={out_dir} cannot be a run's folder")
-    files = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    there = out_dir.iterdir() if out_dir.exists() else ()
+    files = {path.name for path in there if path.suffix != ".partial"}
     if new and files - {".lock"} and "metrics.csv" not in files:
         raise UserError(f"--out_dir={out_dir} holds something that is no run; choose another")
     lock = filelock.FileLock(out_dir / ".lock", timeout=0)
@@ -476,7 +483,10 @@ def autocast(run: Run) -> torch.autocast:
 
 
 def forward_backward(run: Run, n: int, count: int) -> Tensor:
-    """Add the gradient of the mean loss over windows n to n + count to .grad; return that loss."""
+    """Add the gradient of the mean loss over windows n to n + count to .grad.
+
+    `count` is a multiple of micro_batch_size. Returns that loss in nats per token, on the device.
+    """
     cfg, train = run.cfg, run.dataset.train
     micro_steps = count // cfg.micro_batch_size
     loss_sum = torch.zeros((), device=cfg.device)
@@ -531,7 +541,7 @@ def check_finite(run: Run) -> None:
         lr = get_lr(int(iter_num), run.cfg)
         raise Diverged(
             f"training diverged at iteration {int(iter_num)}: loss {loss:.4g}, gradient norm "
-            f"{norm:.4g}, learning rate {lr:.3g}; the last checkpoint is from before"
+            f"{norm:.4g}, learning rate {lr:.3g}; nothing of it was saved"
         )
 
 
@@ -674,8 +684,9 @@ def plan(run: Run) -> None:
 
 def warm_up(run: Run) -> float:
     """Seconds that an update will take, tried without touching the weights; compiles on the way."""
-    cfg, trials, began = run.cfg, [], time.perf_counter()
-    while len(trials) < WARM_UPS and time.perf_counter() - began < WARM_UP_SECONDS:
+    cfg, trials = run.cfg, []
+    forward_backward(run, 0, cfg.micro_batch_size)  # compiles, fills caches: not timed
+    while not trials or (len(trials) < WARM_UPS and sum(trials) < WARM_UP_SECONDS):
         trial = Progress()
         clock = Clock(trial, cfg.device)
         clock.start()
@@ -772,9 +783,9 @@ def why_stop(run: Run) -> str:
         return f"max_iters={cfg.max_iters} reached"
     if cfg.max_seconds and progress.train_seconds >= cfg.max_seconds:
         return f"max_seconds={cfg.max_seconds:g} reached"
-    if progress.train_loss is not None and progress.train_loss <= cfg.target_train_loss:
+    if cfg.target_train_loss and (progress.train_loss or math.inf) <= cfg.target_train_loss:
         return f"target_train_loss={cfg.target_train_loss:g} reached"
-    if progress.val_loss is not None and progress.val_loss <= cfg.target_val_loss:
+    if cfg.target_val_loss and (progress.val_loss or math.inf) <= cfg.target_val_loss:
         return f"target_val_loss={cfg.target_val_loss:g} reached"
     if cfg.patience and progress.evals_since_best >= cfg.patience:
         return f"patience={cfg.patience}: no better validation loss in so many evaluations"
@@ -788,11 +799,12 @@ def train(run: Run) -> int:
         run.model.compile()
     start = progress.iter_num, progress.tokens, progress.train_seconds
     try:
-        with StopSignals() as stop, metrics.Log(out_dir, *start, cfg.max_iters) as log:
+        with StopSignals() as stop:
             plan(run)
-            why = loop(run, log, stop)
-            if not stop.caught and progress.eval_iter != progress.iter_num:
-                evaluate_and_save(run, log)
+            with metrics.Log(out_dir, *start, cfg.max_iters) as log:
+                why = loop(run, log, stop)
+                if not stop.caught and progress.eval_iter != progress.iter_num:
+                    evaluate_and_save(run, log)
             if stop.caught:
                 save(run)
         if stop.caught:

@@ -164,11 +164,10 @@ def _parse(text: str, hint: object) -> object:
             return choice
     base = hint.__origin__ if hasattr(hint, "__metadata__") else hint
     if base in (int, float):
-        for number in (int, base):
-            try:
-                return number(text)
-            except ValueError:
-                pass
+        try:
+            return base(text)
+        except ValueError:
+            pass  # _check says what it should have been
     return text
 
 

@@ -112,7 +112,7 @@ class Split:
         last = len(self.tokens) - 1
         rows = self.tokens[np.minimum(places, last)].astype(np.int64)
         self.check(rows)
-        idx, targets = rows[:, :-1], rows[:, 1:].copy()
+        idx, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
         targets[places[:, 1:] > last] = IGNORED
         return idx, targets
 

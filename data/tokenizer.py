@@ -67,7 +67,7 @@ class ByteTokenizer:
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.uint32)
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
 
     def decode_bytes(self, ids) -> bytes:
         return bytes(int(i) for i in ids)

@@ -102,6 +102,7 @@ def files(folder: Path) -> dict:
         (training.main, "--init_from=data", "is a folder without best.safetensors or ckpt"),
         (training.main, "--init_from=resume --out_dir=nowhere", "cannot open checkpoint nowhere/ckpt"),
         (training.main, "--init_from=RUN --n_embd=64", "made with n_embd=32"),
+        (training.main, "--init_from=resume --checkpoint=RUN/ckpt.safetensors", "belongs to the run in"),
         (training.main, "--device=cuda:9", "device 'cuda:9'"),
         (training.main, "--device=abacus", "no device 'abacus'"),
         (training.main, "--dtype=float16", "dtype=float16 needs CUDA"),

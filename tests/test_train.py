@@ -184,8 +184,11 @@ def test_the_schedules():
 
 def test_micro_batches_add_up_to_the_batch(train):
     """Accumulation is the same update: only rounding may differ. Dropout would draw otherwise."""
-    args = ("--dropout=0", "--max_iters=3", "--eval_interval=3")
+    args = ("--dropout=0", "--max_iters=3", "--eval_interval=3", "--log_interval=1")
     assert train(*args) == 0 and train(*args, "--micro_batch_size=2", "--out_dir=micro") == 0
+    for a, b in zip(rows("run")[:3], rows("micro")[:3], strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
     whole, parts = weights("run/ckpt.safetensors"), weights("micro/ckpt.safetensors")
     for name in whole:
         assert torch.allclose(whole[name], parts[name], atol=1e-5), name
@@ -396,6 +399,16 @@ def test_the_quick_start_without_a_network(tmp_path):
         text=True,
     )
     assert after.returncode == 0 and after.stdout.startswith("The")
+
+
+def test_the_quick_start_checks_its_options_before_it_writes(tmp_path, monkeypatch, capsys):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    for option in ("--n_embd=130", "--device=abacus", "--micro_batch_size=5"):
+        assert train.main([option]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_quick_start_chooses_another_data_set(tmp_path, monkeypatch, capsys):
