@@ -18,7 +18,6 @@ import difflib
 import errno
 import functools
 import inspect
-import math
 import os
 import re
 import runpy
@@ -185,11 +184,12 @@ def _check(name: str, value: object, hint: object, source: str) -> object:
         wanted = "one of " + ", ".join(str(choice) for choice in choices)
     else:
         good = type(value) is base or (base is float and type(value) is int)
-        good = good and not (type(value) is int and abs(value) > LARGEST_INT)
         wanted = {int: "a whole number", float: "a number", str: "text"}[base]
         if interval:
             wanted += f" in {interval}"
             good = good and _inside(value, interval)
+        if type(value) is int and abs(value) > LARGEST_INT:
+            good, wanted = False, f"{wanted}, at most {LARGEST_INT}"
     if not good:
         raise UserError(f"{source}: {name} must be {wanted}, not {value!r}")
     return float(value) if base is float else value
@@ -200,7 +200,7 @@ def _inside(value: float, interval: str) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
-    return above and below and not math.isnan(value)
+    return above and below
 
 
 def _suggest(name: str, hints: dict, instead: dict[str, str] | None) -> str:
