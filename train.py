@@ -144,9 +144,7 @@ class Progress:
     """How far a run has come; with the weights and the optimizer, all that a resume needs."""
 
     iter_num: Annotated[int, "[0, inf)"] = 0  # updates made
-    n: Annotated[int, "[0, inf)"] = (
-        0  # windows drawn: the next batch is window(seed, n) to window(seed, n + batch_size)
-    )
+    n: Annotated[int, "[0, inf)"] = 0  # windows drawn: the next is window(seed, n)
     tokens: Annotated[int, "[0, inf)"] = 0  # trained on
     train_loss: float | None = None  # at the last evaluation, nats per token
     val_loss: float | None = None

@@ -2,7 +2,7 @@
 
 python train.py config/shakespeare_char.py
 
-Hardware: a GPU. On 2 CPU cores it would take 7 hours: time and loss are not yet measured.
+Hardware: a GPU. 2 CPU cores would take 7 hours, by its first 10 updates; not yet run whole.
 """
 
 dataset = "shakespeare_char"

@@ -2,7 +2,7 @@
 
 python train.py config/train_gpt2.py --dataset=NAME
 
-Hardware: a GPU with 40 GB or more. Time and loss are not yet measured.
+Hardware: meant for one large GPU; memory, time and loss are not yet measured.
 """
 
 dataset = "shakespeare"  # name a larger one: these 300,000 tokens only show that it runs
