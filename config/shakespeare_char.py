@@ -2,7 +2,7 @@
 
 python train.py config/shakespeare_char.py
 
-Hardware: a GPU. 2 CPU cores would take 7 hours, by its first 10 updates; not yet run whole.
+Hardware: a GPU. 2 CPU cores would take 7 hours, by its first 10; loss not yet measured.
 """
 
 dataset = "shakespeare_char"
