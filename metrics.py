@@ -1,5 +1,7 @@
 """What a run tells while it goes on: metrics.csv, a progress bar or plain lines, loss.png.
 
+On request TensorBoard and Weights & Biases get the same numbers under the same names.
+
 metrics.csv has a row for every log and every evaluation, empty where nothing was measured:
 
     iter_num, tokens               updates made, tokens trained on
@@ -11,6 +13,8 @@ metrics.csv has a row for every log and every evaluation, empty where nothing wa
 """
 
 import csv
+import html
+import importlib.util
 import os
 import re
 import sys
@@ -18,6 +22,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from config import UserError
 
 COLUMNS = (
     "iter_num,tokens,lr,loss,grad_norm,train_loss,val_loss,val_bits_per_byte,"
@@ -42,9 +48,16 @@ class Log:
     """Writes metrics.csv and speaks: on a terminal with a progress bar, elsewhere in lines."""
 
     def __init__(
-        self, out_dir: Path, iter_num: int, tokens: int, train_seconds: float, max_iters: int
+        self,
+        out_dir: Path,
+        iter_num: int,
+        tokens: int,
+        train_seconds: float,
+        max_iters: int,
+        boards: "list[TensorBoard | WandB]",
     ):
         """Go on from there; rows from beyond `iter_num`, left by a run that was killed, go."""
+        self._boards = boards
         path = out_dir / "metrics.csv"
         self._logged = tokens, train_seconds
         kept = [row for row in read(path) if int(row["iter_num"]) <= iter_num]
@@ -64,6 +77,8 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
         self._file.close()
+        for board in self._boards:
+            board.close()
 
     def tokens_per_second(self, tokens: int, train_seconds: float) -> float:
         """The speed since the last call."""
@@ -74,6 +89,15 @@ class Log:
     def write(self, **row: int | float | None) -> None:
         self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
         self._file.flush()
+        measured = {k: v for k, v in row.items() if v is not None}
+        for board in self._boards:
+            board.write(measured)
+
+    def sample(self, iter_num: int, text: str) -> None:
+        """Print a text that the model made, and give it to the boards."""
+        say(f"--- sample at iteration {iter_num:,}\n{text}")
+        for board in self._boards:
+            board.sample(iter_num, text)
 
     def show(self, iter_num: int, words: str) -> None:
         """A passing state: in the bar, or as a line where there is none."""
@@ -81,6 +105,75 @@ class Log:
             say(f"iter {iter_num:,}: {words}")
         else:
             self.bar.set_postfix_str(words, refresh=False)
+
+
+class TensorBoard:
+    """Event files in out/<run>/tensorboard, for `tensorboard --logdir out`."""
+
+    package = "tensorboard"
+
+    def __init__(self, out_dir: Path, iter_num: int, options: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # where a run resumes, its curves go on from there; events beyond are hidden
+        resumed = iter_num + 1 if iter_num else None
+        self._writer = SummaryWriter(out_dir / "tensorboard", purge_step=resumed)
+        rows = [f"| {name} | {value} |" for name, value in options.items()]
+        self._writer.add_text("options", "\n".join(["| option | value |", "|--|--|", *rows]))
+
+    def write(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, row["iter_num"])
+
+    def sample(self, iter_num: int, text: str) -> None:
+        fenced = "".join(f"    {line}\n" for line in text.split("\n"))  # shown as it is
+        self._writer.add_text("sample", fenced, iter_num)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
+
+    package = "wandb"
+
+    def __init__(self, out_dir: Path, project: str, name: str, run_id: str, options: dict):
+        import wandb
+
+        self._wandb = wandb
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name or out_dir.name,
+                id=run_id,
+                resume="allow",
+                dir=out_dir,
+                config=options,
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"--wandb: {error}; WANDB_MODE=offline needs no account and no network"
+            ) from None
+        self._run.define_metric("*", step_metric="iter_num")
+
+    def write(self, row: dict[str, float]) -> None:
+        self._run.log(row)
+
+    def sample(self, iter_num: int, text: str) -> None:
+        shown = self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+        self._run.log({"iter_num": iter_num, "sample": shown})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def require(board: type) -> None:
+    """Refuse, before anything is done, a board whose package is not installed."""
+    if importlib.util.find_spec(board.package) is None:
+        raise UserError(
+            f"--{board.package} needs the package {board.package}: pip install {board.package}"
+        )
 
 
 def say(words: str) -> None:

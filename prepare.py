@@ -4,77 +4,93 @@
     python prepare.py shakespeare           tiny Shakespeare, GPT-2's tokens
     python prepare.py pydocs                the Python language reference: needs no download
     python prepare.py shakespeare_char --input input.txt       the same, from a file at hand
-    python prepare.py --name mine --input book.txt --tokenizer char
+    python prepare.py --name mine --input book.txt notes/ 'more/**/*.md' --tokenizer bpe
+    python prepare.py --name mine --input https://example.org/a.txt docs.jsonl.gz --field body
+    python prepare.py --name code --input pystdlib --tokenizer bpe --vocab_size 4096
+    python prepare.py --name new --input new.txt --tokenizer out/mine     a run's, to finetune it
 
-    text -> Tokenizer.encode -> data/<name>/{train.bin, val.bin, meta.json}
+    text -> documents -> Tokenizer.encode -> data/<name>/{train.bin, val.bin, meta.json}
 
-The first part of the text is for training, the rest for validation. Nothing is left behind by a
-run that fails, and a data set of the same name is moved aside, not overwritten.
+A plain file is one document, a line of JSON lines is one. From 100 documents on, those validate
+whose text's hash says so: adding more moves none to the other split. Of fewer, the last tenth of
+each validates. Nothing is left behind by a run that fails, and a data set of the same name is moved
+aside, not overwritten.
 """
 
+import hashlib
+import itertools
+import os
 import re
-import sys
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
+from tqdm import tqdm
+
 import config
 from config import UserError
 from data import bins, tokenizer
-from data.download import fetch
+from data.documents import PIECE, SHAKESPEARE, Corpus, Document
+from data.tokenizer import Tokenizer
+
+MANY = 100  # documents, from which on whole ones validate
 
 
 @dataclass
 class PrepareConfig:
     dataset: str = ""  # a recipe: shakespeare_char (the default), shakespeare or pydocs
-    input: str = ""  # a UTF-8 text file, in place of the recipe's source
     name: str = ""  # the folder's name in data_dir; the recipe's where there is one
-    tokenizer: Literal["", "char", "byte", "gpt2"] = ""  # empty: the recipe's, or char
-    val_fraction: Annotated[float, "(0, 1)"] = 0.1  # the share of the text that validates
     data_dir: str = "data"  # where data sets lie
+
+    # the text
+    input: tuple[str, ...] = ()  # files, folders, 'globs', URLs, pydocs, pystdlib; .gz too
+    field: str = "text"  # of JSON lines (.jsonl), the one that holds the text
+    val_input: tuple[str, ...] = ()  # validate on these; input is then for training alone
+    val_fraction: Annotated[float, "(0, 1)"] = 0.1  # the share of the text that validates
+
+    # its tokens
+    tokenizer: str = ""  # char, byte, gpt2, bpe, or that of a data set, run or checkpoint
+    vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # ids that a bpe tokenizer is to have
+    normalize: Literal["", "NFC", "NFKC"] = ""  # a Unicode form to bring the text into first
+    workers: Annotated[int, "[0, 1024]"] = 0  # threads that encode; 0: one a core
 
 
 class Recipe(NamedTuple):
     """A data set that is known by name: where its text comes from, and its usual tokenizer."""
 
     tokenizer: str
-    source: str  # an address, or python:MODULE.NAME for a dictionary inside Python's own library
-    size: int | None = None
-    sha256: str | None = None
+    input: tuple[str, ...]
 
 
-SHAKESPEARE = Recipe(
-    tokenizer="char",
-    source="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    size=1_115_394,
-    sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-)
 RECIPES = {
-    "shakespeare_char": SHAKESPEARE,
-    "shakespeare": SHAKESPEARE._replace(tokenizer="gpt2"),
-    "pydocs": Recipe(tokenizer="char", source="python:pydoc_data.topics"),
+    "shakespeare_char": Recipe("char", (SHAKESPEARE,)),
+    "shakespeare": Recipe("gpt2", (SHAKESPEARE,)),
+    "pydocs": Recipe("char", ("pydocs",)),
 }
 
 
 @config.script
 def main(argv: list[str]) -> None:
-    options = config.build(PrepareConfig, config.read(PrepareConfig, argv, bare="dataset"))
+    given = config.read(PrepareConfig, argv, bare="dataset")
+    options = config.build(PrepareConfig, given)
     started = time.perf_counter()
     name, recipe = choose(options)
-    text, source = read_text(options, recipe)
-
-    tok = make_tokenizer(options.tokenizer or recipe.tokenizer, text)
-    cut = int(len(text) * (1 - options.val_fraction))
-    splits = {}
-    for split, part in zip(bins.SPLITS, (text[:cut], text[cut:]), strict=True):
-        if not part:
-            raise UserError(f"{source} has {len(text)} characters: none are left for {split}")
-        splits[split] = (tok.encode(part), len(part.encode()))
-
-    folder = Path(options.data_dir) / name
-    meta = bins.write(folder, splits, tok.meta(), tok.vocab_size, [source])
-    print_table(folder, meta, time.perf_counter() - started)
+    kind = options.tokenizer or recipe.tokenizer
+    check_tokenizer(kind, given)
+    texts = Texts(options, options.input or recipe.input)
+    tok = make_tokenizer(kind, options, texts)
+    workers = options.workers or os.cpu_count() or 1
+    with bins.Writer(Path(options.data_dir) / name, tok.vocab_size) as writer:
+        for split, ids in encode(tok, texts, workers):
+            writer.add(split, ids)
+        texts.check()
+        meta = writer.finish(texts.counts, tok.meta(), texts.sources)
+    print_table(writer.folder, meta, texts.n_skipped, time.perf_counter() - started)
 
 
 def choose(options: PrepareConfig) -> tuple[str, Recipe]:
@@ -87,9 +103,9 @@ def choose(options: PrepareConfig) -> tuple[str, Recipe]:
     if options.name and not options.dataset:
         if not options.input:
             raise UserError(f"--name={options.name} needs its text: --input=FILE")
-        recipe = Recipe(tokenizer="char", source="")
+        recipe = Recipe("char", ())
     elif options.input and not options.dataset:
-        raise UserError(f"--input={options.input} needs a name for the data set: --name=NAME")
+        raise UserError(f"--input={options.input[0]} needs a name for the data set: --name=NAME")
     else:
         recipe = RECIPES[options.dataset or "shakespeare_char"]
     name = options.name or options.dataset or "shakespeare_char"
@@ -98,64 +114,152 @@ def choose(options: PrepareConfig) -> tuple[str, Recipe]:
     return name, recipe
 
 
-def read_text(options: PrepareConfig, recipe: Recipe) -> tuple[str, str]:
-    """Return the whole text and where it came from."""
-    if options.input:
-        return decode(Path(options.input)), options.input
-    if recipe.source.startswith("python:"):
-        return python_reference(), f"{recipe.source} of Python {sys.version.split()[0]}"
-    path = Path(options.data_dir) / ".downloads" / f"{recipe.sha256[:16]}.txt"
-    if not path.exists():
-        try:
-            fetch(recipe.source, path, recipe.sha256, recipe.size)
-        except UserError as error:
-            raise UserError(
-                f"{error}; with the file at hand add --input=FILE, "
-                "or without any download: python prepare.py pydocs"
-            ) from None
-    return decode(path), recipe.source
+# ---- text -> documents --------------------------------------------------------------------------
 
 
-def decode(path: Path) -> str:
-    """The text of a UTF-8 file, line ends as they are; the first byte that is wrong is named."""
-    try:
-        if path.is_char_device():
-            raise UserError(f"{path} is a device, not a text")
-        data = path.read_bytes()
-        if not data:
-            raise UserError(f"{path} is empty")
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start:,}"
-        ) from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"--input={path}: {error.strerror}") from None
+class Texts:
+    """The documents of a data set, each with the split that it belongs to."""
+
+    def __init__(self, options: PrepareConfig, inputs: tuple[str, ...]):
+        downloads = Path(options.data_dir) / ".downloads"
+        self._val_fraction = options.val_fraction
+        self._corpus = Corpus(inputs, options.field, downloads)
+        self._val_corpus = Corpus(options.val_input, options.field, downloads)
+        self.sources = self._corpus.sources + self._val_corpus.sources
+        self.n_documents = sum(1 for _ in itertools.islice(self._corpus, MANY))  # at least
+        if not self.n_documents:
+            n_binary = f", only {self.n_skipped} binary files" if self.n_skipped else ""
+            raise UserError(f"{', '.join(inputs)}: no text there{n_binary}")
+        self.counts: dict[str, dict] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, bool, str]]:
+        """Read everything again, in the inputs' order, counting it, in pieces: (split, follows,
+        text), where `follows` says that another document of the split ended just before."""
+        self.counts = {split: {"documents": 0, "bytes": 0} for split in bins.SPLITS}
+        with tqdm(desc="text", unit="B", unit_scale=True, delay=1, disable=None) as bar:
+            for split, document in self._assign():
+                if not document.data:
+                    continue
+                count = self.counts[split]
+                follows = count["documents"] > 0
+                for text in document.pieces():
+                    yield split, follows, text
+                    follows = False
+                    bar.update(len(text))
+                count["documents"] += 1
+                count["bytes"] += len(document.data)
+
+    def _assign(self) -> Iterator[tuple[str, Document]]:
+        if self._val_corpus.files:
+            yield from (("train", document) for document in self._corpus)
+            yield from (("val", document) for document in self._val_corpus)
+        elif self.n_documents >= MANY:
+            for document in self._corpus:
+                place = int.from_bytes(hashlib.sha256(document.data).digest()[:8], "big") / 2**64
+                yield "val" if place < self._val_fraction else "train", document
+        else:
+            for document in self._corpus:
+                size = len(document.data)
+                cut = int(size * (1 - self._val_fraction))
+                yield "train", document.cut(0, cut)
+                yield "val", document.cut(cut, size)
+
+    @property
+    def n_skipped(self) -> int:
+        """How many binary files the folders and globs hold."""
+        return len(self._corpus.skipped | self._val_corpus.skipped)
+
+    def check(self) -> None:
+        """Refuse what leaves a split without text."""
+        for split, count in self.counts.items():
+            if not count["documents"]:
+                n_bytes = sum(count["bytes"] for count in self.counts.values())
+                raise UserError(
+                    f"{', '.join(self.sources)}: of {n_bytes:,} bytes of text none are left for "
+                    f"{split}"
+                )
 
 
-def python_reference() -> str:
-    """The Python language reference that CPython carries for `help()`, one topic after another."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise UserError("this Python comes without pydoc_data; use --input=FILE") from None
-    return "\n".join(topics[name].strip("\n") + "\n" for name in sorted(topics))
+# ---- documents -> tokens ------------------------------------------------------------------------
 
 
-def make_tokenizer(kind: str, text: str) -> tokenizer.Tokenizer:
+def check_tokenizer(kind: str, given: dict) -> None:
+    """Refuse options that the tokenizer has no use for."""
+    if "vocab_size" in given and kind != "bpe":
+        raise UserError(f"--vocab_size goes with --tokenizer=bpe, not with {kind}")
+    if given.get("normalize") and kind not in tokenizer.KINDS:
+        raise UserError(f"--normalize does not go with {kind}, whose tokenizer is fixed")
+
+
+def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer:
+    """The tokenizer that is asked for; char takes its characters from all of the text, bpe its
+    tokens from what is trained on."""
+    form = options.normalize
+    if kind not in tokenizer.KINDS:
+        return tokenizer.load(tokenizer.stored_in(Path(kind)))
     if kind == "char":
-        return tokenizer.CharTokenizer.train(text)
-    return tokenizer.load({"kind": kind})
+        pieces = (tokenizer.normalized(text, form) for _, _, text in texts)
+        if texts.n_documents > 1:
+            pieces = itertools.chain(pieces, "\n")  # it will stand between them
+        tok = tokenizer.CharTokenizer.train(pieces)
+    elif kind == "bpe":
+        pieces = (tokenizer.normalized(text, form) for split, _, text in texts if split == "train")
+        tok = tokenizer.BytePairTokenizer.train(pieces, options.vocab_size)
+    else:
+        tok = tokenizer.load({"kind": kind})
+    tok.normalize = form
+    return tok
 
 
-def print_table(folder: Path, meta: dict, seconds: float) -> None:
+def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the ids (n,) of all texts, split by split as they come, with what stands between them.
+
+    The order is that of the texts for any number of workers.
+    """
+
+    def encode_batch(batch: list[tuple[str, bool, str]]) -> dict[str, np.ndarray]:
+        ids = {split: [] for split, _, _ in batch}
+        for split, follows, text in batch:
+            if follows and tok.end_of_text is None:
+                ids[split].append(tok.encode("\n"))
+            elif follows:
+                ids[split].append([tok.end_of_text])
+            ids[split].append(tok.encode(text))
+        return {split: np.concatenate(parts) for split, parts in ids.items()}
+
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for batch in batches(texts):
+            pending.append(pool.submit(encode_batch, batch))
+            if len(pending) > 2 * workers:  # so many pieces are in memory
+                yield from pending.popleft().result().items()
+        for result in pending:
+            yield from result.result().items()
+
+
+def batches(texts: Texts) -> Iterator[list[tuple[str, bool, str]]]:
+    """The pieces of the texts in lists of about PIECE characters together."""
+    batch, size = [], 0
+    for piece in texts:
+        batch.append(piece)
+        size += len(piece[2])
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def print_table(folder: Path, meta: dict, n_skipped: int, seconds: float) -> None:
     print(f"{folder}: {meta['tokenizer']['kind']} tokens from {', '.join(meta['sources'])}")
-    print(f"{'split':<8}{'tokens':>14}{'bytes':>14}{'bytes/token':>14}")
+    if n_skipped:
+        print(f"binary files skipped: {n_skipped}")
+    print(f"{'split':<8}{'documents':>14}{'tokens':>14}{'bytes':>14}{'bytes/token':>14}")
     total_bytes = 0
     for split, about in meta["splits"].items():
-        tokens, n_bytes = about["tokens"], about["bytes"]
+        documents, tokens, n_bytes = about["documents"], about["tokens"], about["bytes"]
         total_bytes += n_bytes
-        print(f"{split:<8}{tokens:>14,}{n_bytes:>14,}{n_bytes / tokens:>14.2f}")
+        print(f"{split:<8}{documents:>14,}{tokens:>14,}{n_bytes:>14,}{n_bytes / tokens:>14.2f}")
     print(
         f"vocabulary {meta['vocab_size']:,} ({meta['dtype']}), "
         f"{seconds:.2f} s, {total_bytes / seconds / 1e6:.1f} MB/s"

@@ -93,6 +93,10 @@ class TrainConfig(GPTConfig):
     sample_prompt: str = ""  # what they continue
     num_samples: Annotated[int, "[0, 1e4]"] = 1  # how many, each time
     sample_tokens: Annotated[int, "[1, 1e5]"] = 300  # length of each
+    tensorboard: bool = False  # write for TensorBoard too, into out_dir/tensorboard
+    wandb: bool = False  # tell Weights & Biases too; WANDB_MODE=offline needs no account
+    wandb_project: str = "folio"  # the project's name there
+    wandb_run_name: str = ""  # the run's name there; empty: that of out_dir
 
     # the machine
     device: str = "auto"  # cuda, cuda:1, mps, cpu; auto: the first of them that is there
@@ -217,6 +221,8 @@ def main(argv: list[str]) -> int:
         out_dir = "out/" + given.get("dataset", "quickstart")
         given = {**config.read(TrainConfig, [QUICK_START]), "out_dir": out_dir, **given}
     cfg = choose_machine(config.build(TrainConfig, given), meta.get("threads"))
+    for board in [metrics.TensorBoard] * cfg.tensorboard + [metrics.WandB] * cfg.wandb:
+        metrics.require(board)
     dataset = find_dataset(cfg, quick_start)
     if quick_start:
         cfg = replace(cfg, dataset=dataset.folder.name)
@@ -726,8 +732,8 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
     log.show(progress.iter_num, words if mfu is None else f"{words}, {mfu:.1%} MFU")
 
 
-def print_samples(run: Run) -> None:
-    """Print num_samples texts that the model makes as it is now."""
+def print_samples(run: Run, log: metrics.Log) -> None:
+    """Show num_samples texts that the model makes as it is now."""
     cfg = run.cfg
     if cfg.num_samples == 0:
         return
@@ -740,7 +746,19 @@ def print_samples(run: Run) -> None:
         pieces = list(complete(run.model, run.tok, ids, options))
     run.model.train()
     for text in map("".join, zip(*pieces, strict=True)):
-        metrics.say(f"--- sample at iteration {run.progress.iter_num:,}\n{cfg.sample_prompt}{text}")
+        log.sample(run.progress.iter_num, cfg.sample_prompt + text)
+
+
+def make_boards(run: Run) -> list[metrics.TensorBoard | metrics.WandB]:
+    """What else is told of the run, as its options ask for."""
+    cfg, out_dir = run.cfg, Path(run.cfg.out_dir)
+    boards, options = [], asdict(cfg)
+    if cfg.tensorboard:
+        boards.append(metrics.TensorBoard(out_dir, run.progress.iter_num, options))
+    if cfg.wandb:
+        names = cfg.wandb_project, cfg.wandb_run_name
+        boards.append(metrics.WandB(out_dir, *names, run.run_id, options))
+    return boards
 
 
 def first_word(run: Run) -> str:
@@ -796,13 +814,16 @@ def train(run: Run) -> int:
     if cfg.compile:
         run.model.compile()
     start = progress.iter_num, progress.tokens, progress.train_seconds
+    boards = make_boards(run)
     try:
         with StopSignals() as stop:
             plan(run)
-            with metrics.Log(out_dir, *start, cfg.max_iters) as log:
+            with metrics.Log(out_dir, *start, cfg.max_iters, boards) as log:
                 why = loop(run, log, stop)
                 if not stop.caught and progress.eval_iter != progress.iter_num:
                     evaluate_and_save(run, log)
+                if not stop.caught and not is_due(run, cfg.sample_interval):
+                    print_samples(run, log)
             if stop.caught:
                 save(run)
         if stop.caught:
@@ -810,8 +831,6 @@ def train(run: Run) -> int:
             print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
             return 128 + stop.caught
         print(f"done:    {why} after {progress.iter_num:,} updates")
-        if not is_due(run, cfg.sample_interval):
-            print_samples(run)
     except torch.OutOfMemoryError:
         raise UserError(
             f"{cfg.device} is out of memory; a smaller micro_batch_size than "
@@ -849,7 +868,7 @@ def loop(run: Run, log: metrics.Log, stop: StopSignals) -> str:
             elif snapshots:
                 save(run)
             if samples:
-                print_samples(run)
+                print_samples(run, log)
             clock.start()
     clock.stop()
     return why

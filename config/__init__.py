@@ -7,6 +7,7 @@ Each script declares its options as one flat dataclass. A field's type is its ch
     n_layer: Annotated[int, "[1, inf)"] = 12               a whole number in that interval
     schedule: Literal["cosine", "linear"] = "cosine"       one of these
     compile: Literal["auto", True, False] = "auto"         one of these; --compile alone is True
+    input: tuple[str, ...] = ()                            all words up to the next --option
 
 Arguments apply from left to right, over the defaults. A word that ends in .py is a recipe: a
 Python file whose plain assignments are options. Recipes are the user's own code and are run;
@@ -38,6 +39,7 @@ BAD_PATH = {  # what a path that cannot be right ends in; a disk that is full or
     errno.ENAMETOOLONG,
     errno.ELOOP,
 }
+WORDS = tuple[str, ...]  # the type of an option that takes several
 LARGEST_INT = 2**53  # above it, a whole number is not exact as a float
 
 
@@ -87,8 +89,9 @@ def read(options: type, argv: list[str], bare: str = "", instead: dict[str, str]
             raise UserError(f"{source}: unknown option {name!r}; {_suggest(name, hints, instead)}")
         given[name] = _check(name, value, hints[name], source)
 
-    words = iter(argv)
-    for word in words:
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if word in ("-h", "--help"):
             print(_help(options))
             raise SystemExit(0)
@@ -99,10 +102,15 @@ def read(options: type, argv: list[str], bare: str = "", instead: dict[str, str]
             if not has_value and True in _choices(hints[name]):
                 text = "True"  # a flag never takes the next word
             elif not has_value:
-                text = next(words, "--")
-                if text.startswith("--"):
+                if not words or words[0].startswith("--"):
                     raise UserError(f"command line: --{name} needs a value: --{name}=VALUE")
-            put(name, _parse(text, hints[name]), "command line")
+                text = words.pop(0)
+            value = _parse(text, hints[name])
+            if hints[name] == WORDS:
+                value = (text,)
+                while not has_value and words and not words[0].startswith("--"):
+                    value += (words.pop(0),)
+            put(name, value, "command line")
         elif word.endswith(".py"):
             for name, value in _run_recipe(word).items():
                 put(name, value, word)
@@ -183,8 +191,9 @@ def _check(name: str, value: object, hint: object, source: str) -> object:
         good = any(type(value) is type(choice) and value == choice for choice in choices)
         wanted = "one of " + ", ".join(str(choice) for choice in choices)
     else:
-        good = type(value) is base or (base is float and type(value) is int)
-        wanted = {int: "a whole number", float: "a number", str: "text"}[base]
+        good = type(value) is (tuple if base == WORDS else base)
+        good = good or (base is float and type(value) is int)
+        wanted = {int: "a whole number", float: "a number", str: "text", WORDS: "words"}[base]
         if interval:
             wanted += f" in {interval}"
             good = good and _inside(value, interval)
@@ -216,6 +225,7 @@ def _help(options: type) -> str:
     for cls in reversed(options.__mro__[:-1]):
         source = inspect.getsource(cls)
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        defaults = {k: " ".join(v) if type(v) is tuple else v for k, v in defaults.items()}
         for indent, comment, name, meaning in re.findall(
             r"^(    )(?:# (.+)|(\w+): .+?  # (.+))$", source, re.MULTILINE
         ):

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -205,49 +206,71 @@ def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def write(folder: Path, splits: dict[str, tuple], tokenizer: dict, vocab_size: int, sources: list):
-    """Write a data set whole or not at all, and return its meta; an older one is moved aside.
+class Writer:
+    """Writes a data set whole or not at all; an older one of its name is moved aside.
 
-    `splits` maps "train" and "val" to (ids, n_bytes): integers (n_tokens,) and the UTF-8 bytes
-    that they encode. Everything is written into a hidden folder beside, which is then renamed.
+    Everything goes into a hidden folder beside, which finish() renames; without it, it is removed.
     """
-    if folder.exists() and not (folder / "meta.json").is_file():
-        raise UserError(
-            f"{folder} is there and is no data set of prepare.py's; choose another name"
-        )
-    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        about = {}
-        for name, (ids, n_bytes) in splits.items():
-            data = np.asarray(ids).astype(dtype).tobytes()
-            _write_durably(partial / f"{name}.bin", data)
-            digest = hashlib.sha256(data).hexdigest()
-            about[name] = {"tokens": len(ids), "bytes": n_bytes, "sha256": digest}
+
+    def __init__(self, folder: Path, vocab_size: int):
+        if folder.exists() and not (folder / "meta.json").is_file():
+            raise UserError(
+                f"{folder} is there and is no data set of prepare.py's; choose another name"
+            )
+        self.folder, self.vocab_size = folder, vocab_size
+        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.n_tokens = dict.fromkeys(SPLITS, 0)
+
+    def __enter__(self) -> "Writer":
+        self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
+        self._partial.mkdir(parents=True)
+        self._files = {name: open(self._partial / f"{name}.bin", "xb") for name in SPLITS}
+        self._digests = {name: hashlib.sha256() for name in SPLITS}
+        return self
+
+    def add(self, split: str, ids: np.ndarray) -> None:
+        """Append ids (n,) to a split."""
+        data = ids.astype(self.dtype).tobytes()
+        self._files[split].write(data)
+        self._digests[split].update(data)
+        self.n_tokens[split] += len(ids)
+
+    def finish(self, splits: dict[str, dict], tokenizer: dict, sources: list[str]) -> dict:
+        """Give the data set its name and return its meta; `splits` says more about each split."""
         meta = {
             "format": FORMAT,
-            "dtype": dtype.name,
-            "vocab_size": vocab_size,
+            "dtype": self.dtype.name,
+            "vocab_size": self.vocab_size,
             "tokenizer": tokenizer,
-            "splits": about,
+            "splits": {
+                name: {
+                    "tokens": self.n_tokens[name],
+                    **splits[name],
+                    "sha256": self._digests[name].hexdigest(),
+                }
+                for name in SPLITS
+            },
             "sources": sources,
         }
-        text = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
-        _write_durably(partial / "meta.json", text.encode())
-        if folder.exists():
-            move_aside(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return meta
+        for file in self._files.values():
+            _sync(file)
+        with open(self._partial / "meta.json", "x", encoding="utf-8") as file:
+            json.dump(meta, file, ensure_ascii=False, indent=1)
+            _sync(file)
+        if self.folder.exists():
+            move_aside(self.folder)
+        self._partial.rename(self.folder)
+        return meta
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _sync(file: IO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def move_aside(folder: Path) -> None:

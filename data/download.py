@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 from tqdm import tqdm
@@ -15,14 +16,17 @@ TIMEOUT = (3, 10)  # seconds to connect, seconds without a byte
 CHUNK = 1 << 16
 
 
-def fetch(url: str, path: Path, sha256: str, size: int | None = None) -> Path:
+def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:
     """Download `url` to `path` and return it; it gets that name only when size and digest fit.
 
-    What has arrived is kept in PATH.part, and a later call goes on from there where the server
-    allows it. Raises UserError, with the reason in a few words, after three tries.
+    What has arrived is kept in PATH.part, and where the digest is known, so that nothing can be
+    pieced together wrongly, a later call goes on from there if the server allows it. Raises
+    UserError, with the reason in a few words, after three tries.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    if sha256 is None:
+        part.unlink(missing_ok=True)
     for attempt in range(TRIES):
         if attempt:
             time.sleep(attempt)
@@ -32,9 +36,11 @@ def fetch(url: str, path: Path, sha256: str, size: int | None = None) -> Path:
             reason = _in_short(error)
             if isinstance(error, requests.HTTPError) and error.response.status_code < 500:
                 break
+            if sha256 is None:
+                part.unlink(missing_ok=True)
             continue
         data_size, digest = _measure(part)
-        if digest == sha256:
+        if sha256 in (None, digest):
             os.replace(part, path)
             return path
         reason = f"{data_size} bytes arrived, SHA-256 {digest[:12]}..., not {sha256[:12]}..."
@@ -55,6 +61,9 @@ def _download(url: str, part: Path) -> None:
         if response.status_code == 416:  # nothing is missing; the digest will tell
             return
         response.raise_for_status()
+        kind = response.headers.get("Content-Type", "")
+        if kind.startswith("text/html") and not urlsplit(url).path.endswith((".html", ".htm")):
+            raise UserError(f"{url} answers with a web page (HTML), not with a text")
         resumed = response.status_code == 206
         total = int(response.headers.get("Content-Length", 0)) + have * resumed
         with (

@@ -5,12 +5,15 @@ decode_bytes(ids)  UTF-8 bytes; a single token may be part of a character
 decode(ids)        text
 meta()             all of the tokenizer as JSON data, for meta.json and every checkpoint
 vocab_size         how many ids there are
-end_of_text        the id that stands between documents, or None
+end_of_text        the id that stands between documents; where None, a newline does
 """
 
 import hashlib
+import json
 import os
 import tempfile
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +21,46 @@ import numpy as np
 from config import UserError
 from data.download import fetch
 
+KINDS = ("char", "byte", "gpt2", "bpe")
+GPT2_PATTERN = (  # what GPT-2 cuts text into before it merges pairs of bytes; no token goes beyond
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+)
+END_OF_TEXT = "<|endoftext|>"
 
-class CharTokenizer:
+
+class Tokenizer:
+    """What all kinds share; `normalize` is the Unicode form that text takes first, or empty."""
+
+    kind: str
+    vocab_size: int
+    end_of_text: int | None = None
+    normalize = ""
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._encode(normalized(text, self.normalize))
+
+    def _encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def meta(self) -> dict:
+        form = {"normalize": self.normalize} if self.normalize else {}
+        return {"kind": self.kind, **form, **self._content()}
+
+    def _content(self) -> dict:
+        """What the kind alone does not say."""
+        return {}
+
+
+class CharTokenizer(Tokenizer):
     """Every character that occurs in the text is a token; ids follow the order of code points."""
 
-    end_of_text = None
+    kind = "char"
 
     def __init__(self, characters: str):
         codes = _code_points(characters)
@@ -35,10 +73,13 @@ class CharTokenizer:
         self._id_of[codes] = np.arange(self.vocab_size)
 
     @classmethod
-    def train(cls, text: str) -> "CharTokenizer":
-        return cls("".join(sorted(set(text))))
+    def train(cls, texts: Iterable[str]) -> "CharTokenizer":
+        seen = np.zeros(0x110000, bool)
+        for text in texts:
+            seen[_code_points(text)] = True
+        return cls("".join(map(chr, np.flatnonzero(seen))))
 
-    def encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str) -> np.ndarray:
         codes = _code_points(text)
         ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
         unknown = np.flatnonzero(ids == self.vocab_size)
@@ -50,38 +91,86 @@ class CharTokenizer:
             raise UserError(f"the vocabulary has no {', '.join(places)}{more}")
         return ids
 
-    def decode(self, ids) -> str:
-        return "".join(self.characters[i] for i in ids)
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(self.characters[i] for i in ids).encode()
 
-    def decode_bytes(self, ids) -> bytes:
-        return self.decode(ids).encode()
-
-    def meta(self) -> dict:
-        return {"kind": "char", "characters": self.characters}
+    def _content(self) -> dict:
+        return {"characters": self.characters}
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8: any text, any language, nothing to store."""
 
-    end_of_text = None
+    kind = "byte"
     vocab_size = 256
 
-    def encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
 
-    def decode_bytes(self, ids) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(int(i) for i in ids)
 
-    def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode(errors="replace")
 
-    def meta(self) -> dict:
-        return {"kind": "byte"}
+class BytePairTokenizer(Tokenizer):
+    """Byte-level byte pairs (Sennrich et al. 2016; bytes as GPT-2 has them), encoded by tiktoken.
+
+    The ids are the 256 bytes, then `tokens` in the order in which they were learned, each a pair of
+    earlier ones put together, then end-of-text.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, tokens: list[bytes]):
+        import tiktoken
+
+        self.tokens = tokens
+        ranks = {bytes([i]): i for i in range(256)}
+        ranks |= {token: 256 + i for i, token in enumerate(tokens)}
+        self.end_of_text = 256 + len(tokens)
+        self.vocab_size = self.end_of_text + 1
+        if len(ranks) != self.end_of_text:
+            raise ValueError("the tokens of a tokenizer must differ, and be longer than a byte")
+        special = {END_OF_TEXT: self.end_of_text}
+        self._encoding = tiktoken.Encoding(
+            "folio", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BytePairTokenizer":
+        """Learn the pairs that are most frequent in `texts`; the same texts, the same tokens."""
+        try:
+            import rustbpe
+        except ImportError:
+            raise UserError(
+                "--tokenizer=bpe is trained by the package rustbpe: pip install rustbpe"
+            ) from None
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(texts, vocab_size=vocab_size - 1, pattern=GPT2_PATTERN)
+        ranked = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
+        if len(ranked) < vocab_size - 1:
+            raise UserError(
+                f"--vocab_size={vocab_size} is more than this text supports: every word is one "
+                f"token at {len(ranked) + 1}"
+            )
+        return cls([bytes(token) for token, _ in ranked[256:]])
+
+    def _encode(self, text: str) -> np.ndarray:
+        try:  # <|endoftext|> inside a text is ordinary text there: no document can end another
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:  # of a run of spaces that its regular expressions cannot hold
+            raise UserError(f"the tokenizer cannot take this text: {error}") from None
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes([int(i) for i in ids])
+
+    def _content(self) -> dict:
+        return {"tokens": [token.decode("latin-1") for token in self.tokens]}  # a byte, a character
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-pair tokenizer, by tiktoken; its vocabulary is downloaded on first use."""
+class GPT2Tokenizer(BytePairTokenizer):
+    """GPT-2's own byte pairs; the vocabulary is downloaded on first use."""
 
+    kind = "gpt2"
     vocab_size = 50257
     end_of_text = 50256
 
@@ -91,21 +180,8 @@ class GPT2Tokenizer:
         _fetch_gpt2_vocabulary()
         self._encoding = tiktoken.get_encoding("gpt2")
 
-    def encode(self, text: str) -> np.ndarray:
-        # <|endoftext|> inside a text is ordinary text there: no document can end another
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
-
-    def decode_bytes(self, ids) -> bytes:
-        return self._encoding.decode_bytes([int(i) for i in ids])
-
-    def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def meta(self) -> dict:
-        return {"kind": "gpt2"}
-
-
-Tokenizer = CharTokenizer | ByteTokenizer | GPT2Tokenizer
+    def _content(self) -> dict:
+        return {}
 
 
 def load(meta: dict) -> Tokenizer:
@@ -113,16 +189,62 @@ def load(meta: dict) -> Tokenizer:
     try:
         match meta:
             case {"kind": "char", "characters": str(characters)}:
-                return CharTokenizer(characters)
+                tok = CharTokenizer(characters)
             case {"kind": "byte"}:
-                return ByteTokenizer()
+                tok = ByteTokenizer()
             case {"kind": "gpt2"}:
-                return GPT2Tokenizer()
+                tok = GPT2Tokenizer()
+            case {"kind": "bpe", "tokens": list(tokens)}:
+                tok = BytePairTokenizer([token.encode("latin-1") for token in tokens])
+            case _:
+                raise ValueError(
+                    f"no tokenizer of kind {str(meta.get('kind'))!r}; there are {', '.join(KINDS)}"
+                )
+        tok.normalize = meta.get("normalize", "")
+        normalized("a", tok.normalize)  # an unknown form is refused now
+        return tok
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(error) from None
-    raise UserError(f"no tokenizer of kind {str(meta.get('kind'))!r}; there are char, byte, gpt2")
+
+
+def stored_in(path: Path) -> dict:
+    """The tokenizer, as meta() gives it, of a data set, a run or a checkpoint; nothing is run."""
+    try:
+        if (path / "meta.json").is_file():
+            return json.loads((path / "meta.json").read_text("utf-8"))["tokenizer"]
+        for name in ("best.safetensors", "ckpt.safetensors"):
+            if path.is_dir() and (path / name).is_file():
+                path = path / name
+        return _checkpoint_meta(path)["tokenizer"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"--tokenizer={path} is none of {', '.join(KINDS)}, and no data set, run or checkpoint "
+            f"with a tokenizer ({reason})"
+        ) from None
+
+
+def _checkpoint_meta(path: Path) -> dict:
+    """What a checkpoint's header says, without torch; its digest is verified."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest, left = hashlib.sha256(), size - 32
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+        if file.read() != digest.digest():
+            raise ValueError("no checkpoint, or a damaged one: its digest does not match")
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, size)))
+    return json.loads(header["__metadata__"]["folio"])
+
+
+def normalized(text: str, form: str) -> str:
+    """`text` in a Unicode normalization form, "NFC" say; unchanged where the form is empty."""
+    return unicodedata.normalize(form, text) if form else text
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -149,5 +271,6 @@ def _fetch_gpt2_vocabulary() -> None:
             except UserError as error:
                 raise UserError(
                     f"GPT-2's vocabulary is not here and cannot be downloaded: {error}; "
-                    "use --tokenizer=char or byte, or set TIKTOKEN_CACHE_DIR to a folder with it"
+                    "use --tokenizer=char, byte or bpe, or set TIKTOKEN_CACHE_DIR to a folder "
+                    "with it"
                 ) from None

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +37,10 @@ needs_gpt2_vocabulary = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def text() -> str:
     """20,000 characters of real English that is on every machine."""
-    import prepare
+    from data.documents import Corpus
 
-    return prepare.python_reference()[:20_000]
+    (document,) = Corpus(("pydocs",), "", Path())
+    return document.data.decode()[:20_000]
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +70,17 @@ def resume(data_dir, tmp_path, train):
     import train as script
 
     return lambda *argv: script.main(["--init_from=resume", "--out_dir=run", *argv])
+
+
+def write_bins(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
+    """A data set of bytes, so it says, with the same ids in both splits."""
+    from data import bins
+
+    with bins.Writer(folder, vocab_size) as writer:
+        for split in bins.SPLITS:
+            writer.add(split, ids)
+        about = {split: {"bytes": len(ids)} for split in bins.SPLITS}
+        writer.finish(about, {"kind": "byte"}, [])
 
 
 def script(name: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:

@@ -3,17 +3,18 @@
 Nothing is written, and there is no traceback.
 """
 
+import gzip
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHAKESPEARE, SMALL, script
+from conftest import ROOT, SHAKESPEARE, SMALL, script, write_bins
 
 import prepare
 import sample
 import train as training
-from data import bins
 
 TEXT = "It was the best of times, it was the worst of times. "
 
@@ -27,6 +28,19 @@ def folder(tmp_path, monkeypatch, data_dir):
     (tmp_path / "good.txt").write_text(TEXT * 100)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "é.txt").write_text("café " * 100)
+    for name in ("bare", "binary", "mixed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "binary/a").write_bytes(b"PNG\0\1\2")
+    (tmp_path / "mixed/a.txt").write_text(TEXT)
+    (tmp_path / "mixed/b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "broken.txt.gz").write_text(TEXT)
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(TEXT.encode())[:-9])
+    (tmp_path / "good.jsonl").write_text('{"text": "a b"}\n\n{"text": "c d"}\n')
+    (tmp_path / "no.jsonl").write_text('{"text": "a b"}\n{"text": ')
+    (tmp_path / "list.jsonl").write_text('["text"]')
+    (tmp_path / "half.jsonl").write_text(r'{"text": "\ud800"}')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9" + TEXT.encode())
     (tmp_path / "typo.py").write_text("bach_size = 3")
     (tmp_path / "type.py").write_text("batch_size = '3'")
@@ -39,8 +53,7 @@ def folder(tmp_path, monkeypatch, data_dir):
         ("beyond", np.full(5000, 7, np.uint16), 5),
         ("cut", np.zeros(5000, np.uint16), 5),
     ):
-        splits = {split: (ids, len(ids)) for split in bins.SPLITS}
-        bins.write(tmp_path / "data" / name, splits, {"kind": "byte"}, vocab_size, [])
+        write_bins(tmp_path / "data" / name, ids, vocab_size)
     os.truncate(tmp_path / "data/cut/val.bin", 9999)
     return tmp_path
 
@@ -54,7 +67,7 @@ def run(data_dir, tmp_path_factory):
 
 
 def files(folder: Path) -> dict:
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    return {p: p.is_file() and p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(
@@ -126,12 +139,32 @@ def files(folder: Path) -> dict:
         (prepare.main, "--name=x", "--name=x needs its text: --input=FILE"),
         (prepare.main, "--input=good.txt", "needs a name for the data set"),
         (prepare.main, "--name=../x --input=good.txt", "--name must be letters"),
-        (prepare.main, "--name=x --input=nowhere.txt", "nowhere.txt: No such file"),
-        (prepare.main, "--name=x --input=data", "data: Is a directory"),
+        (prepare.main, "--name=x --input=nowhere.txt", "--input=nowhere.txt: no such file or folder"),
+        (prepare.main, "--name=x --input=bare", "--input=bare: no files there"),
+        (prepare.main, "--name=x --input=binary", "binary: no text there, only 1 binary files"),
+        (prepare.main, "--name=x --input=binary/a", "binary/a is not text: it holds zero bytes"),
+        (prepare.main, "--name=x --input 'no/*.txt'", "--input=no/*.txt: no files there"),
+        (prepare.main, "--name=x --input mixed", "mixed/b.txt is not UTF-8: byte 0xe9 at offset 3"),
+        (prepare.main, "--name=x --input=broken.txt.gz", "broken.txt.gz is a broken .gz file"),
+        (prepare.main, "--name=x --input=cut.txt.gz", "cut.txt.gz is a broken .gz file"),
+        (prepare.main, "--name=x --input=no.jsonl", "no.jsonl, line 2: not JSON"),
+        (prepare.main, "--name=x --input=list.jsonl", "list.jsonl, line 1: not a JSON object"),
+        (prepare.main, "--name=x --input=good.jsonl --field=body", "good.jsonl, line 1: no text in the fi"),
+        (prepare.main, "--name=x --input=half.jsonl", "half.jsonl, line 1: its text is not Unicode"),
+        (prepare.main, "--name=x --input=deep.jsonl", "deep.jsonl, line 1: not JSON"),
+        (prepare.main, "--name=x --input --tokenizer=byte", "--input needs a value"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=bpe --vocab_size=256", "in [257, 1e6], not 256"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=bpe --vocab_size=999", "more than this text supports"),
+        (prepare.main, "--name=x --input=good.txt --vocab_size=999", "--vocab_size goes with --tokenizer=bpe"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=RUN --normalize=NFC", "--normalize does not go"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=text.safetensors", "no data set, run or checkp"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=bare", "and no data set, run or checkpoint"),
+        (prepare.main, "--name=x --input=é.txt --tokenizer=RUN", "the vocabulary has no 'é'"),
+        (prepare.main, "--name=x --input=good.txt --val_input=bare", "--input=bare: no files there"),
         (prepare.main, "--name=x --input=empty.txt", "empty.txt is empty"),
-        (prepare.main, "--name=x --input=one.txt", "has 1 characters: none are left for train"),
+        (prepare.main, "--name=x --input=one.txt", "of 1 bytes of text none are left for train"),
         (prepare.main, "--name=x --input=latin1.txt", "not UTF-8: byte 0xe9 at offset 3"),
-        (prepare.main, "--name=x --input=good.txt --tokenizer=words", "tokenizer must be one of"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=words", "--tokenizer=words is none of char"),
         (prepare.main, "--name=x --input=good.txt --val_fraction=1", "val_fraction must be a number"),
         # sample.py
         (sample.main, "--checkpoint=nowhere", "cannot open checkpoint nowhere"),
@@ -152,7 +185,7 @@ def files(folder: Path) -> dict:
     ],
 )  # fmt: skip
 def test_one_line_and_nothing_written(folder, run, capsys, main, argv, says):
-    words = [word.replace("RUN", str(run)) for word in argv.split()]
+    words = [word.replace("RUN", str(run)) for word in shlex.split(argv)]
     if main is training.main:
         words = [*SMALL, "--data_dir=data", *words]
     before = files(folder)
@@ -169,9 +202,9 @@ def test_one_line_and_nothing_written(folder, run, capsys, main, argv, says):
         ("train.py", ["--lr=1"], "unknown option 'lr'"),
         ("sample.py", ["--top_k=0"], "top_k must be"),
         ("prepare.py", ["nowhere"], "no recipe 'nowhere'"),
-        ("prepare.py", ["shakespeare_char"], "add --input=FILE, or without any download: python pre"),
+        ("prepare.py", ["shakespeare_char"], "with the file at hand name it: --input=FILE; without any"),
         ("prepare.py", ["--name=x", "--input=good.txt", "--tokenizer=gpt2"], "set TIKTOKEN_CACHE_DIR"),
-        ("train.py", [f"{ROOT}/config/shakespeare_char.py"], "or without any download: python prepare"),
+        ("train.py", [f"{ROOT}/config/shakespeare_char.py"], "without any download: python prepare"),
     ],
 )  # fmt: skip
 def test_real_processes_without_a_network(folder, name, argv, says):

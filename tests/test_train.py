@@ -40,7 +40,7 @@ def test_a_run_learns_and_leaves_its_files(train, capsys):
     out = capsys.readouterr().out
     for part in (
         "machine: cpu",
-        "18,000 to train on",
+        "17,999 to train on",
         "parameters",
         "plan:    100 updates",
         "bits per byte",

@@ -44,8 +44,10 @@ def main() -> None:
     print("layers heads width block batch   float32  bfloat16   ratio")
     with tempfile.TemporaryDirectory() as parent:
         ids = np.random.default_rng(0).integers(0, 65, 20_000)
-        splits = {split: (ids, len(ids)) for split in bins.SPLITS}
-        bins.write(Path(parent) / "noise", splits, {"kind": "byte"}, 65, [])
+        with bins.Writer(Path(parent) / "noise", 65) as writer:
+            for split in bins.SPLITS:
+                writer.add(split, ids)
+            writer.finish({s: {"bytes": len(ids)} for s in bins.SPLITS}, {"kind": "byte"}, [])
         for shape in SHAPES:
             runs = [make_run(Path(parent) / "noise", shape, d) for d in ("float32", "bfloat16")]
             times = [[], []]

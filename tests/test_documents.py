@@ -1,0 +1,282 @@
+"""Promise: any text becomes documents, the same on every run, and documents become splits."""
+
+import gzip
+import json
+import random
+import re
+import sysconfig
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import needs_gpt2_vocabulary
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import prepare
+from data import bins, documents, tokenizer
+from data.documents import Corpus, Document
+
+LIBRARY = Path(sysconfig.get_path("stdlib")) / "asyncio"  # half a megabyte of Python
+LINES = "".join(json.dumps({"text": f"line {i}", "body": i}) + "\n" for i in range(3))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, data in {
+        "book.txt": b"the book\r\n",
+        "notes/b.md": b"b in notes",
+        "notes/a/z.md": b"z in notes/a",
+        "notes/picture.png": b"\x89PNG\r\n\x1a\n\0\0\0",
+        "notes/.hidden": b"hidden",
+        "notes/empty.txt": b"",
+        "notes/bom.txt": b"\xef\xbb\xbfmarked",
+        "lines.jsonl": LINES.encode(),
+        "lines.jsonl.gz": gzip.compress(LINES.encode()),
+        "old.txt.gz": gzip.compress(b"old"),
+    }.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(data)
+
+
+def read(*inputs: str) -> list[str]:
+    return [d.data.decode() for d in Corpus(inputs, "text", Path("downloads"))]
+
+
+def build(*argv: str, name: str = "mine") -> tuple[bins.Dataset, str, str]:
+    """The data set that prepare.py makes, and the text of its splits."""
+    assert prepare.main([f"--name={name}", *argv]) == 0
+    dataset = bins.load(Path("data") / name)
+    tok = tokenizer.load(dataset.tokenizer)
+    return dataset, tok.decode(dataset.train.tokens), tok.decode(dataset.val.tokens)
+
+
+# ---- inputs -------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_input_in_the_order_of_the_arguments(folder):
+    notes = ["z in notes/a", "b in notes", "marked"]
+    lines = ["line 0", "line 1", "line 2"]
+    assert read("book.txt") == ["the book\r\n"]
+    assert read("notes") == notes
+    assert read("**/*.md") == notes[:2]
+    assert read("lines.jsonl.gz", "old.txt.gz", "lines.jsonl") == [*lines, "old", *lines]
+    assert read("old.txt.gz", "notes", "book.txt") == ["old", *notes, "the book\r\n"]
+
+
+def test_binary_files_in_a_folder_are_counted(folder, capsys):
+    build("--input=notes")
+    assert "binary files skipped: 1" in capsys.readouterr().out
+
+
+def test_pythons_own_library_needs_no_download():
+    corpus = Corpus(("pystdlib",), "text", Path())
+    names = {path.name for path, _ in corpus.files}
+    assert {"argparse.py", "__future__.py"} <= names and "test_argparse.py" not in names
+    assert sum(len(d.data) for d in corpus) > 5_000_000
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        kind = "text/html; charset=utf-8" if self.path == "/page" else "text/plain"
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(gzip.compress(LINES.encode()) if "gz" in self.path else b"from afar")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_addresses(folder, capsys):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{httpd.server_address[1]}"
+        assert read(f"{url}/a.txt?v=1", f"{url}/x.jsonl.gz") == ["from afar", *read("lines.jsonl")]
+        assert read(f"{url}/a.txt?v=1") == ["from afar"]
+        assert "was downloaded before" in capsys.readouterr().out
+        assert prepare.main(["--name=page", f"--input={url}/page"]) == 2
+        assert "answers with a web page" in capsys.readouterr().err
+        httpd.shutdown()
+
+
+# ---- pieces -------------------------------------------------------------------------------------
+
+
+@given(st.text(st.sampled_from("ab \n\r\u3000é字😀\u0301.")), st.integers(5, 40))
+@example(" " * 50 + "a", 7)
+def test_pieces_are_the_document_and_short(text, size):
+    data = text.encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE", size)
+        pieces = list(Document(data, "x").pieces())
+    assert "".join(pieces) == text
+    assert all(0 < len(piece.encode()) <= size for piece in pieces)
+
+
+@needs_gpt2_vocabulary
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_give_the_tokens_of_the_whole(seed, monkeypatch):
+    """Runs of every kind of space between words, as GPT-2's expression tells them apart."""
+    words = random.Random(seed).choices(
+        ["ab", "12", "!?", " ", "\n", "\r\n", "\u3000", "字"], k=500
+    )
+    text = "".join(words)
+    monkeypatch.setattr(documents, "PIECE", 200)
+    tok = tokenizer.GPT2Tokenizer()
+    pieces = list(Document(text.encode(), "x").pieces())
+    ids = np.concatenate([tok.encode(piece) for piece in pieces])
+    assert len(pieces) > 4 and ids.tolist() == tok.encode(text).tolist()
+
+
+@needs_gpt2_vocabulary
+@pytest.mark.parametrize("text", [" " * 2_000_000 + "a", "a" * 2_000_000, "\n" * 999_999 + "字"])
+def test_a_text_that_is_one_endless_run(folder, text):
+    Path("run.txt").write_text(text, newline="")
+    _, train, val = build("--input=run.txt", "--tokenizer=gpt2")
+    assert train + val == text
+
+
+def test_where_a_byte_is_wrong(folder, capsys):
+    data = b"ab \n" * 100_000
+    Path("bad.txt").write_bytes(data + b"\xff" + data)
+    assert prepare.main(["--name=x", "--input=bad.txt"]) == 2
+    assert "bad.txt is not UTF-8: byte 0xff at offset 400,000" in capsys.readouterr().err
+
+
+# ---- splits -------------------------------------------------------------------------------------
+
+
+def test_the_end_of_each_of_a_few_documents_validates(folder):
+    Path("one.txt").write_text("1234567890" * 10)
+    Path("two.txt").write_text("äbcdefghij" * 10)
+    _, train, val = build("--input", "one.txt", "two.txt", "--val_fraction=0.2")
+    assert train == "1234567890" * 8 + "\n" + "äbcdefghij" * 8
+    assert val == "1234567890" * 2 + "\n" + "äbcdefghij" * 2
+
+
+def test_of_many_documents_whole_ones_validate_and_stay_where_they_are(folder):
+    def splits(count: int) -> list[set[str]]:
+        records = [json.dumps({"text": f"document {i}."}) for i in range(count)]
+        random.Random(count).shuffle(records)
+        Path("many.jsonl").write_text("\n".join(records))
+        return [set(text.split("\n")) for text in build("--input=many.jsonl")[1:]]
+
+    train, val = splits(500)
+    more_train, more_val = splits(1000)
+    assert train | val == {f"document {i}." for i in range(500)}
+    assert 25 <= len(val) <= 75, "about a tenth"
+    assert train < more_train and val < more_val
+
+
+def test_a_text_of_ones_own_to_validate_on(folder):
+    _, train, val = build("--input", "book.txt", "old.txt.gz", "--val_input", "notes/b.md")
+    assert train == "the book\r\n\nold" and val == "b in notes"
+
+
+@needs_gpt2_vocabulary
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_end_of_text_stands_between_documents(folder, kind):
+    vocab = ["--vocab_size=260"] if kind == "bpe" else []
+    text = '{"text": "so said <|endoftext|> he, so said he"}\n'
+    Path("x.jsonl").write_text(text * 3)
+    argv = ["--input=x.jsonl", "--val_input=book.txt", f"--tokenizer={kind}", *vocab]
+    dataset, train, _ = build(*argv)
+    ids, end = dataset.train.tokens, tokenizer.load(dataset.tokenizer).end_of_text
+    assert (ids == end).sum() == 2 and ids[-1] != end
+    assert train.count("<|endoftext|>") == 5, "three of them are ordinary text"
+
+
+def test_the_same_input_gives_the_same_bins_for_any_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind in ("char", "bpe"):
+        made = set()
+        for workers in (1, 2, 5, 5):
+            argv = [f"--input={LIBRARY}", f"--tokenizer={kind}", f"--workers={workers}"]
+            if kind == "bpe":
+                argv.append("--vocab_size=300")
+            dataset, _, _ = build(*argv, name=f"{kind}{workers}{len(made)}")
+            made.add((json.dumps(dataset.tokenizer), dataset.fingerprint))
+        assert len(made) == 1
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------
+
+
+def test_bpe_learns_the_most_frequent_pairs():
+    tok = tokenizer.BytePairTokenizer.train(["aab\naab\naab\nac"], 259)
+    assert tok.tokens == [b"aa", b"aab"] and tok.vocab_size == 259 and tok.end_of_text == 258
+    assert tok.encode("aab").tolist() == [257]
+
+
+def test_any_language_in_characters(folder):
+    text = "床前明月光，疑是地上霜。\nالسلام عليكم\n👩‍👩‍👧 e\u0301\n" * 20
+    Path("world.txt").write_text(text)
+    _, train, val = build("--input=world.txt")
+    assert train + val == text
+
+
+def test_more_characters_than_two_bytes_can_count(folder):
+    """And the CJK characters beyond the basic plane."""
+    codes = [c for c in range(0x20, 0x2FA20) if not 0xD800 <= c < 0xE000][:70_000]
+    Path("all.txt").write_text("".join(map(chr, codes)))
+    dataset, train, val = build("--input=all.txt")
+    assert dataset.vocab_size == 70_000 and dataset.train.tokens.dtype == np.uint32
+    assert [ord(c) for c in train + val] == codes
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_normalize(folder, kind):
+    Path("nfd.txt").write_text("cafe\u0301 " * 100)
+    vocab = ["--vocab_size=260"] if kind == "bpe" else []
+    dataset, train, _ = build("--input=nfd.txt", "--normalize=NFC", f"--tokenizer={kind}", *vocab)
+    assert train.startswith("caf\u00e9 ") and "\u0301" not in train
+    tok = tokenizer.load(dataset.tokenizer)
+    assert tok.decode(tok.encode("cafe\u0301")) == "caf\u00e9", "a prompt takes the same form"
+
+
+def test_the_tokenizer_of_a_data_set_a_run_and_a_checkpoint(data_dir, train, capsys):
+    assert train("--max_iters=1", "--num_samples=0") == 0
+    Path("new.txt").write_text("the new text " * 40)
+    small = bins.load(data_dir / "small")
+    for place in (data_dir / "small", "run", "run/ckpt.safetensors"):
+        dataset, text, _ = build("--input=new.txt", f"--tokenizer={place}")
+        assert dataset.tokenizer == small.tokenizer and text.startswith("the new text the")
+    argv = ["--init_from=run", "--dataset=mine", "--data_dir=data", "--out_dir=tuned"]
+    import train as script
+
+    assert script.main([*argv, "--max_iters=2", "--num_samples=0", "--block_size=16"]) == 0
+
+
+def test_a_damaged_checkpoint_gives_no_tokenizer(train, capsys):
+    assert train("--max_iters=1", "--num_samples=0") == 0
+    path = Path("run/ckpt.safetensors")
+    data = bytearray(path.read_bytes())
+    place = re.search(rb'characters\\": \\"(.)', data).end()
+    data[place] ^= 1
+    path.write_bytes(data)
+    Path("new.txt").write_text("the new text " * 40)
+    assert prepare.main(["--name=x", "--input=new.txt", f"--tokenizer={path}"]) == 2
+    assert "its digest does not match" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"kind": "bpe", "tokens": ["a"]},
+        {"kind": "bpe", "tokens": ["ab", "ab"]},
+        {"kind": "bpe", "tokens": ["\u0100b"]},
+        {"kind": "bpe", "tokens": [7]},
+        {"kind": "bpe", "tokens": "ab"},
+        {"kind": "byte", "normalize": "NFX"},
+        {"kind": "byte", "normalize": 7},
+        {"kind": "abacus"},
+        [],
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(meta):
+    with pytest.raises(prepare.UserError):
+        tokenizer.load(meta)
