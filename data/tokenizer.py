@@ -76,12 +76,14 @@ class CharTokenizer(Tokenizer):
     def train(cls, texts: Iterable[str]) -> "CharTokenizer":
         seen = np.zeros(0x110000, bool)
         for text in texts:
-            seen[_code_points(text)] = True
+            known = seen[:128].nonzero()[0].astype(np.uint8).tobytes()
+            new = text.encode().translate(None, known).decode()  # ASCII is most of most texts
+            seen[_code_points(new)] = True
         return cls("".join(map(chr, np.flatnonzero(seen))))
 
     def _encode(self, text: str) -> np.ndarray:
-        codes = _code_points(text)
-        ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
+        # beyond the last character the table ends with the mark of an unknown one
+        ids = self._id_of.take(_code_points(text), mode="clip")
         unknown = np.flatnonzero(ids == self.vocab_size)
         if len(unknown):
             first = {text[i]: int(i) for i in reversed(unknown)}

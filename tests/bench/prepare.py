@@ -3,12 +3,13 @@
     python tests/bench/prepare.py [MEGABYTES] [ROUNDS]
 
 The text is the source of Python's own library, file after file as JSON lines, again and again until
-there is enough of it. Each row times the whole command, start and writing included; tiktoken's
-column times only its encode_ordinary_batch, on texts that are in memory, with as many threads; the
-two take turns. bpe encodes with a tokenizer of 4,096 ids that was trained before. "one file" is the
-same text as a single document.
+there is enough of it. Each row times the whole command, start and writing included: char and byte
+on one core, gpt2 and bpe on all. tiktoken's column times only its encode_ordinary_batch, on texts
+that are in memory, with as many threads; the two take turns. bpe encodes with a tokenizer of 4,096
+ids that was trained before. "one file" is the same text as a single document.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from data import tokenizer  # noqa: E402
 from data.documents import Corpus  # noqa: E402
 
-THREADS = os.cpu_count() or 1
+CORES = os.cpu_count() or 1
 ALONE = """
 import json, sys, time
 sys.path.insert(0, {root!r})
@@ -37,10 +38,15 @@ print(time.perf_counter() - began)
 """
 
 
-def run(*command: str) -> tuple[float, float, str]:
+def run(*command: str, cores: int = CORES) -> tuple[float, float, str]:
     """Seconds that `python COMMAND` takes, its peak memory in MiB, and what it prints."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, range(cores)),
+    )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -63,39 +69,27 @@ def main() -> None:
                     size += len(text.encode())
         prepare = [str(ROOT / "prepare.py"), f"--data_dir={folder}"]
         run(*prepare, "--name=trained", "--input=pystdlib", "--tokenizer=bpe")
-        print(f"{size / 1e6:.0f} MB, {THREADS} threads, medians of {rounds}")
-        print("tokenizer  input         MB/s   MB/s a core   tiktoken alone   ratio   peak MiB")
-        for kind, source in (
-            ("char", lines),
-            ("char", one),
-            ("byte", lines),
-            ("byte", one),
-            ("gpt2", lines),
-            ("gpt2", one),
-            ("bpe", lines),
-            ("bpe", one),
-        ):
+        print(f"{size / 1e6:.0f} MB, medians of {rounds}")
+        print("tokenizer  input       cores     MB/s   tiktoken alone   ratio   peak MiB")
+        for kind, source in itertools.product(("char", "byte", "gpt2", "bpe"), (lines, one)):
+            beside_tiktoken = kind in ("gpt2", "bpe")
+            cores = CORES if beside_tiktoken else 1
             stored = f"{folder}/trained" if kind == "bpe" else kind
             argv = [f"--name={kind}", f"--input={source}", f"--tokenizer={stored}"]
             ours, alone = [], []
             for _ in range(rounds):
-                seconds, peak, _ = run(*prepare, *argv)
+                seconds, peak, _ = run(*prepare, *argv, cores=cores)
                 ours.append(size / 1e6 / seconds)
-                if kind in ("gpt2", "bpe"):
-                    meta = tokenizer.stored_in(Path(folder) / kind)
-                    code = ALONE.format(
-                        root=str(ROOT), meta=json.dumps(meta), path=str(lines), threads=THREADS
-                    )
+                if beside_tiktoken:
+                    meta = json.dumps(tokenizer.stored_in(Path(folder) / kind))
+                    code = ALONE.format(root=str(ROOT), meta=meta, path=str(lines), threads=cores)
                     alone.append(size / 1e6 / float(run("-c", code)[2]))
             speed = statistics.median(ours)
-            row = f"{kind:10} {'one file' if source == one else 'JSON lines':10} {speed:8.1f}"
-            row += f"{speed / THREADS:13.1f}"
+            beside = " " * 25
             if alone:
-                beside = statistics.median(alone)
-                row += f"{beside:17.1f}{speed / beside:9.2f}"
-            else:
-                row += " " * 26
-            print(f"{row}{peak:10.0f}", flush=True)
+                beside = f"{statistics.median(alone):17.1f}{speed / statistics.median(alone):8.2f}"
+            name = "one file" if source == one else "JSON lines"
+            print(f"{kind:11}{name:11}{cores:6}{speed:9.1f}{beside}{peak:11.0f}", flush=True)
 
 
 if __name__ == "__main__":
