@@ -1,5 +1,8 @@
 """Checkpoints: one safetensors file each, saved durably, loaded only when every byte is right.
 
+    python checkpoint.py show out/mine                   what is in a run's files, or in one file
+    python checkpoint.py verify out/mine other.safetensors      whether every byte is right
+
     header.__metadata__.folio   JSON: format, run id, configs, tokenizer, iteration, ...
     model.* and optimizer.*     the tensors
     sha256                      uint8 (32,), the last tensor: the digest of every byte before it
@@ -10,25 +13,32 @@ Any safetensors reader reads such a file. No pickle is involved, so no file can 
     out/<run>/best.safetensors                      the state with the best validation loss
     out/<run>/snapshots/iter_000500.safetensors     kept every snapshot_interval iterations
 
-The latter two are hard links to what was ckpt.safetensors when they were made.
+The latter two are hard links to what was ckpt.safetensors when they were made. Everything is
+written through os.open, write, fsync, replace, link, unlink and mkdir, so that tests can fail and
+count each of them.
 """
 
 import hashlib
 import json
 import math
 import os
-import shutil
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import config
 from config import UserError
+from data import bins
 
 FORMAT = 1
 LATEST, BEST, SNAPSHOTS = "ckpt.safetensors", "best.safetensors", "snapshots"
+RECORD = "run.json"  # whose folder it is: the run's id and its options
+PARTIAL = "new.partial"  # what is being written or linked; the next save writes over it
 META = {  # what train.py puts into the header, beside `format`
     "run_id": str,
     "model": str,  # gpt or bigram
@@ -40,6 +50,7 @@ META = {  # what train.py puts into the header, beside `format`
     "scaler": dict,  # float16's
     "threads": int,
 }
+O_BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 DIGEST = {"dtype": "U8", "shape": [32]}
 DTYPES = {
     "F64": torch.float64,
@@ -59,24 +70,43 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     """Write a checkpoint so that `path` holds either the old file or all of the new one.
 
-    To a temporary file in the same folder, fsync, rename, fsync of the folder.
+    To a temporary file in the same folder, fsync, rename, fsync of the folder: once this returns
+    the new one survives a loss of power. An OSError names the file.
     """
     # widest elements first, so that every tensor lies aligned in the file
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    partial = path.with_name(path.name + ".partial")
-    digest = hashlib.sha256()
+    blocks = _with_digest(_blocks(tensors, {"format": FORMAT, **meta}))
+    _write_file(path, blocks, path.with_name(PARTIAL))
+
+
+def _write_file(path: Path, blocks: Iterable[memoryview | bytes], partial: Path) -> None:
+    """Replace `path` by a file of these blocks, durably, or leave it as it was."""
+    _remove(partial)  # never written into: it may be another name of a file that is whole
     try:
-        with open(partial, "wb", buffering=0) as file:
-            for block in _blocks(tensors, {"format": FORMAT, **meta}):
-                digest.update(block)
-                _write_all(file, block)
-            _write_all(file, digest.digest())
-            os.fsync(file.fileno())
+        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, 0o666)
+        try:
+            for block in blocks:
+                block = memoryview(block)
+                while block:
+                    block = block[os.write(file, block) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
         os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(partial)
+        error.filename = error.filename or str(path)
         raise
-    _sync_folder(path.parent)
+
+
+def _with_digest(blocks: Iterable[memoryview]) -> Iterator[memoryview | bytes]:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+        yield block
+    yield digest.digest()
 
 
 def _blocks(tensors: dict[str, Tensor], meta: dict) -> Iterator[memoryview]:
@@ -93,12 +123,6 @@ def _blocks(tensors: dict[str, Tensor], meta: dict) -> Iterator[memoryview]:
     for tensor in tensors.values():
         flat = tensor.detach().cpu().contiguous().view(-1)
         yield memoryview(flat.view(torch.uint8).numpy())
-
-
-def _write_all(file, block) -> None:
-    block = memoryview(block)
-    while block:
-        block = block[file.write(block) :]
 
 
 def _sync_folder(folder: Path) -> None:
@@ -173,35 +197,132 @@ def _view(data: Tensor, about: dict) -> Tensor:
 
 
 def save_run(
-    out_dir: Path, tensors: dict[str, Tensor], meta: dict, best: bool, snapshot: str, keep: int
+    out_dir: Path, tensors: dict[str, Tensor], meta: dict, best: bool, snapshot: bool, keep: int
 ) -> None:
-    """Save the state of a run as its latest; as its best and as a named snapshot too where asked.
+    """Save the state of a run as its latest; as its best and as a snapshot too where asked.
 
     Of the snapshots the newest `keep` stay, all of them where it is 0.
     """
-    latest = out_dir / LATEST
-    save(latest, tensors, meta)
+    save(out_dir / LATEST, tensors, meta)
+    link_latest(out_dir, meta["progress"]["iter_num"], best, snapshot)
+    if snapshot and keep:
+        for old in snapshots(out_dir)[:-keep]:
+            os.unlink(old)
+
+
+def link_latest(out_dir: Path, iter_num: int, best: bool, snapshot: bool) -> None:
+    """Name the latest state as the best, and as the snapshot of its iteration, where asked."""
     if best:
-        _link(latest, out_dir / BEST)
+        _link(out_dir, out_dir / LATEST, out_dir / BEST)
     if snapshot:
         folder = out_dir / SNAPSHOTS
-        folder.mkdir(exist_ok=True)
-        _link(latest, folder / f"{snapshot}.safetensors")
-        kept = sorted(folder.glob("iter_*.safetensors"), key=lambda p: (len(p.name), p.name))
-        for old in kept[: -keep if keep else 0]:
-            old.unlink()
+        if not folder.is_dir():
+            os.mkdir(folder)
+            _sync_folder(out_dir)
+        _link(out_dir, out_dir / LATEST, folder / f"iter_{iter_num:06d}.safetensors")
 
 
-def _link(source: Path, target: Path) -> None:
+def snapshots(out_dir: Path) -> list[Path]:
+    """A run's snapshots, the oldest first."""
+    return sorted((out_dir / SNAPSHOTS).glob("iter_*.safetensors"), key=_number)
+
+
+def _number(snapshot: Path) -> int:
+    return int(re.sub(r"\D", "", snapshot.stem) or 0)
+
+
+def _link(out_dir: Path, source: Path, target: Path) -> None:
     """Give a file a second name, replacing what had it; a copy where the disk knows no links."""
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
+    partial = out_dir / PARTIAL
+    _remove(partial)
     try:
         os.link(source, partial)
     except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
-    _sync_folder(target.parent)
+        _write_file(target, _read_blocks(source), partial)
+    else:
+        os.replace(partial, target)
+        _remove(partial)  # where both were names of one file, rename did nothing
+        _sync_folder(target.parent)
+
+
+def _remove(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _read_blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+def write_record(out_dir: Path, run_id: str, options: dict) -> None:
+    """Write down whose folder it is: run.json."""
+    text = json.dumps({"run_id": run_id, "options": options}, indent=1) + "\n"
+    _write_file(out_dir / RECORD, [text.encode()], out_dir / PARTIAL)
+
+
+def load_run(out_dir: Path) -> tuple[Path, dict[str, Tensor], dict]:
+    """Load the latest state of a run: (path, tensors, meta).
+
+    Where ckpt.safetensors is damaged, or another run's, the newest of the others that is neither
+    takes its place, and that is said; UserError where there is none.
+    """
+    try:
+        run_id = json.loads((out_dir / RECORD).read_text("utf-8"))["run_id"]
+    except (OSError, ValueError, LookupError, TypeError):
+        run_id = None  # a folder that only a checkpoint was copied to
+    others = [path for path in (out_dir / BEST, *snapshots(out_dir)) if path.is_file()]
+    others.sort(key=_claimed_iter_num, reverse=True)
+    reasons = []
+    for path in (out_dir / LATEST, *others):
+        try:
+            tensors, meta = load(path)
+            if run_id not in (None, meta["run_id"]):
+                raise UserError(f"{path} is another run's: {meta['run_id']!r}, not {run_id!r}")
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            print(f"{reasons[0]}; going on from {path}, iteration {iter_num_of(meta)}")
+        return path, tensors, meta
+    more = f"; nor is any of {len(others)} others" if others else ""
+    raise UserError(reasons[0] + more)
+
+
+def _claimed_iter_num(path: Path) -> int:
+    """The iteration in a header, which has yet to be verified; -1 where there is none."""
+    try:
+        with open(path, "rb") as file:
+            length = min(struct.unpack("<Q", file.read(8))[0], path.stat().st_size)
+            header = json.loads(file.read(length))
+        return int(json.loads(header["__metadata__"]["folio"])["progress"]["iter_num"])
+    except (OSError, ValueError, LookupError, TypeError, struct.error, RecursionError):
+        return -1
+
+
+def iter_num_of(meta: dict) -> int | None:
+    return meta["progress"].get("iter_num")
+
+
+def go_back(out_dir: Path, path: Path, iter_num: int) -> None:
+    """Make `path`, the state at `iter_num`, the latest; files from beyond are moved, not lost."""
+    beyond = [p for p in snapshots(out_dir) if _number(p) > iter_num]
+    if _claimed_iter_num(out_dir / BEST) > iter_num:
+        beyond.append(out_dir / BEST)
+    keep_latest = _claimed_iter_num(out_dir / LATEST) > iter_num
+    if beyond or keep_latest:
+        folder = bins.free_name(out_dir / f"beyond_{iter_num:06d}")
+        os.mkdir(folder)
+        if keep_latest:
+            _link(out_dir, out_dir / LATEST, folder / LATEST)
+        for p in beyond:
+            os.replace(p, folder / p.name)
+        if (log := out_dir / "metrics.csv").exists():
+            _write_file(folder / log.name, _read_blocks(log), out_dir / PARTIAL)
+        print(f"moved what lies beyond iteration {iter_num:,} to {folder}")
+    if path != out_dir / LATEST:
+        _link(out_dir, path, out_dir / LATEST)
 
 
 @torch.no_grad()
@@ -238,3 +359,54 @@ def find(path: str, in_folder: tuple[str, ...]) -> Path:
         if (Path(path) / name).is_file():
             return Path(path) / name
     raise UserError(f"{path} is a folder without {' or '.join(in_folder)}")
+
+
+# ---- as a script --------------------------------------------------------------------------------
+
+
+@config.script
+def main(argv: list[str]) -> int:
+    action, *words = argv or [""]
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    if action not in ("show", "verify") or not words:
+        raise UserError(
+            "write: python checkpoint.py show PATH, or python checkpoint.py verify PATH"
+        )
+    damaged = 0
+    for path in (file for word in words for file in _files(Path(word))):
+        try:
+            tensors, meta = load(path)
+        except UserError as error:
+            print(error)
+            damaged += 1
+            continue
+        print(f"{path}: every byte is right")
+        if action == "show":
+            _show(path, tensors, meta)
+    return 2 if damaged else 0
+
+
+def _files(path: Path) -> list[Path]:
+    """The checkpoints that are meant: the file itself, or all of a run's folder."""
+    if not path.is_dir():
+        return [path]
+    files = [p for p in (path / LATEST, path / BEST, *snapshots(path)) if p.is_file()]
+    if not files:
+        raise UserError(f"{path} is a folder without checkpoints")
+    return files
+
+
+def _show(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    n_params = sum(t.numel() for name, t in tensors.items() if name.startswith("model."))
+    print(f"  run          {meta['run_id']}: {meta['model']}, {n_params:,} parameters")
+    print(f"  size         {path.stat().st_size:,} bytes, {len(tensors)} tensors")
+    print(f"  tokenizer    {meta['tokenizer'].get('kind')}")
+    for title in ("progress", "model_config", "run_config"):
+        for name, value in meta[title].items():
+            print(f"  {title:<12} {name} = {value}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

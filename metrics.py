@@ -18,6 +18,8 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -58,7 +60,7 @@ class Log:
     ):
         """Go on from there; rows from beyond `iter_num`, left by a run that was killed, go."""
         self._boards = boards
-        path = out_dir / "metrics.csv"
+        self._path = path = out_dir / "metrics.csv"
         self._logged = tokens, train_seconds
         kept = [row for row in read(path) if int(row["iter_num"]) <= iter_num]
         partial = path.with_name(path.name + ".partial")
@@ -76,7 +78,8 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        self._file.close()
+        with suppress(OSError):  # every row was flushed
+            self._file.close()
         for board in self._boards:
             board.close()
 
@@ -87,8 +90,9 @@ class Log:
         return (tokens - before_tokens) / (train_seconds - before_seconds)
 
     def write(self, **row: int | float | None) -> None:
-        self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
-        self._file.flush()
+        with _naming(self._path):
+            self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
+            self._file.flush()
         measured = {k: v for k, v in row.items() if v is not None}
         for board in self._boards:
             board.write(measured)
@@ -105,6 +109,16 @@ class Log:
             say(f"iter {iter_num:,}: {words}")
         else:
             self.bar.set_postfix_str(words, refresh=False)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError within it says which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 class TensorBoard:
@@ -211,7 +225,8 @@ def draw_losses(out_dir: Path, baseline: float) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     partial = out_dir / "loss.png.partial"
-    figure.savefig(partial, dpi=120, format="png")
+    with _naming(out_dir / "loss.png"):
+        figure.savefig(partial, dpi=120, format="png")
     os.replace(partial, out_dir / "loss.png")
 
 

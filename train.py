@@ -17,6 +17,7 @@ a mistake in what was asked for, 3 a loss that is no longer a number, 1 a machin
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from sample import SampleConfig, complete, find_device, start_ids
 ROOT = Path(__file__).parent
 QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
 QUICK_START_SECONDS = 10  # to download its text, before it does without
+SMALLEST_SCALE = 2**-10  # of float16's gradients; below it they are beyond hope
 WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever ends first
 
 
@@ -198,6 +200,7 @@ class Run:
     diverged: Tensor  # float32 (4,): flag, iter_num, loss, grad_norm of the first bad update
     progress: Progress
     clock: Clock
+    stop: "StopSignals"
 
 
 class Diverged(Exception):
@@ -210,16 +213,24 @@ class Diverged(Exception):
 @config.script
 def main(argv: list[str]) -> int:
     given = config.read(TrainConfig, argv, instead=NANOGPT)
-    path, tensors, meta = None, {}, {}
+    if given.get("init_from") == "resume" and not given.get("eval_only"):
+        given["out_dir"] = str(resumed_folder(given))
+        with lock(Path(given["out_dir"])):
+            return start(given)
     quick_start = False
-    if given.get("init_from", "scratch") != "scratch":
-        path, given = starting_point(given)
-        tensors, meta = checkpoint.load(path)
-        given = adopt(given, meta, path)
-    elif not any(word.endswith(".py") for word in argv):
+    if given.get("init_from", "scratch") == "scratch" and not any(w.endswith(".py") for w in argv):
         quick_start = "dataset" not in given
         out_dir = "out/" + given.get("dataset", "quickstart")
         given = {**config.read(TrainConfig, [QUICK_START]), "out_dir": out_dir, **given}
+    return start(given, quick_start)
+
+
+def start(given: dict, quick_start: bool = False) -> int:
+    """Bring together what was asked for, check all of it, and train, or evaluate; the exit code."""
+    path, tensors, meta = None, {}, {}
+    if given.get("init_from", "scratch") != "scratch":
+        path, tensors, meta = starting_point(given)
+        given = adopt(given, meta, path)
     cfg = choose_machine(config.build(TrainConfig, given), meta.get("threads"))
     for board in [metrics.TensorBoard] * cfg.tensorboard + [metrics.WandB] * cfg.wandb:
         metrics.require(board)
@@ -235,7 +246,11 @@ def main(argv: list[str]) -> int:
     if cfg.eval_only:
         print(f"{path or 'untrained'}: {evaluate_both(run)}")
         return 0
-    with own_folder(Path(cfg.out_dir), new=cfg.init_from != "resume"):
+    check_disk(run)
+    if cfg.init_from == "resume":
+        return resume(run, path)
+    with new_folder(Path(cfg.out_dir)):
+        checkpoint.write_record(Path(cfg.out_dir), run.run_id, asdict(cfg))
         return train(run)
 
 
@@ -272,19 +287,26 @@ def prepare(data_dir: str, name: str, timeout: float | None = None) -> None:
         raise UserError(lines[-1].removeprefix("error: "))
 
 
-def starting_point(given: dict) -> tuple[Path, dict]:
-    """The checkpoint that init_from means, and the options with a resumed run's folder in them."""
+def resumed_folder(given: dict) -> Path:
+    """The folder of the run that is to go on."""
+    if "checkpoint" not in given:
+        return Path(given.get("out_dir") or checkpoint.newest_run(Path("out")))
+    path = Path(given["checkpoint"])
+    folder = path.parent.parent if path.parent.name == checkpoint.SNAPSHOTS else path.parent
+    if Path(given.get("out_dir", folder)) != folder:
+        raise UserError(f"{path} belongs to the run in {folder}, not to {given['out_dir']}")
+    return folder
+
+
+def starting_point(given: dict) -> tuple[Path, dict[str, Tensor], dict]:
+    """Load the checkpoint that init_from means: (path, tensors, meta)."""
     if given["init_from"] != "resume":
-        return checkpoint.find(given["init_from"], (checkpoint.BEST, checkpoint.LATEST)), given
-    if "checkpoint" in given:
+        path = checkpoint.find(given["init_from"], (checkpoint.BEST, checkpoint.LATEST))
+    elif "checkpoint" in given:
         path = Path(given["checkpoint"])
-        folder = path.parent.parent if path.parent.name == checkpoint.SNAPSHOTS else path.parent
-        if Path(given.get("out_dir", folder)) != folder:
-            raise UserError(f"{path} belongs to the run in {folder}, not to {given['out_dir']}")
     else:
-        folder = Path(given.get("out_dir") or checkpoint.newest_run(Path("out")))
-        path = folder / checkpoint.LATEST
-    return path, {"out_dir": str(folder), **given}
+        return checkpoint.load_run(resumed_folder(given))
+    return path, *checkpoint.load(path)
 
 
 def adopt(given: dict, meta: dict, path: Path) -> dict:
@@ -375,6 +397,7 @@ def make_run(
         diverged=torch.zeros(4, device=cfg.device),
         progress=progress,
         clock=Clock(progress, cfg.device),
+        stop=StopSignals(),
     )
     if resuming:
         checkpoint.restore(optimizer_tensors(run), tensors, "optimizer.", path)
@@ -410,29 +433,63 @@ def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
         )
 
 
+def check_disk(run: Run) -> None:
+    """Refuse a run whose checkpoints visibly have no room: latest, best, the one being written,
+    and the snapshots to come."""
+    cfg, n_snapshots = run.cfg, 0
+    if cfg.snapshot_interval:
+        n_snapshots = cfg.max_iters // cfg.snapshot_interval
+        n_snapshots = min(n_snapshots, cfg.keep_snapshots or n_snapshots)
+    needed = (3 + n_snapshots) * 12 * run.model.n_params()
+    there = Path(cfg.out_dir).absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if cfg.init_from == "resume":  # what it has saved is counted above
+        names = (checkpoint.LATEST, checkpoint.BEST)
+        free += sum(p.stat().st_size for p in (there / name for name in names) if p.exists())
+    if free < needed:
+        raise UserError(
+            f"--out_dir={cfg.out_dir}: {3 + n_snapshots} checkpoints take about "
+            f"{needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free; "
+            "choose another disk, or set keep_snapshots"
+        )
+
+
 @contextmanager
-def own_folder(out_dir: Path, new: bool) -> Iterator[None]:
-    """Hold a run's folder for this process alone; a new run moves an older one aside first."""
-    if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
-        raise UserError(f"--out_dir={out_dir} cannot be a run's folder")
-    there = out_dir.iterdir() if out_dir.exists() else ()
-    files = {path.name for path in there if path.suffix != ".partial"}
-    if new and files - {".lock"} and "metrics.csv" not in files:
-        raise UserError(f"--out_dir={out_dir} holds something that is no run; choose another")
-    lock = filelock.FileLock(out_dir / ".lock", timeout=0)
+def lock(out_dir: Path) -> Iterator[None]:
+    """Hold a run's folder for this process alone."""
+    if not out_dir.is_dir():
+        raise UserError(f"no run in {out_dir}: no such folder")
+    held = filelock.FileLock(out_dir / ".lock", timeout=0)
     try:
-        if new and files:
-            with lock:
-                bins.move_aside(out_dir)
-        if new:
-            out_dir.mkdir(parents=True, exist_ok=not files)
-        lock.acquire()
-    except (filelock.Timeout, FileExistsError):
+        held.acquire()
+    except filelock.Timeout:
         raise UserError(f"a run is going on in {out_dir}; choose another --out_dir") from None
     try:
         yield
     finally:
-        lock.release()
+        held.release()
+
+
+@contextmanager
+def new_folder(out_dir: Path) -> Iterator[None]:
+    """Hold a folder for a new run; an older run in it is moved aside first."""
+    if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
+        raise UserError(f"--out_dir={out_dir} cannot be a run's folder")
+    there = out_dir.iterdir() if out_dir.exists() else ()
+    files = {path.name for path in there if path.suffix != ".partial"}
+    if files - {".lock"} and not files & {"metrics.csv", checkpoint.RECORD}:
+        raise UserError(f"--out_dir={out_dir} holds something that is no run; choose another")
+    if files:
+        with lock(out_dir):
+            bins.move_aside(out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=not files)
+    except FileExistsError:
+        raise UserError(f"a run has just begun in {out_dir}; choose another --out_dir") from None
+    with lock(out_dir):
+        yield
 
 
 # ---- an update ----------------------------------------------------------------------------------
@@ -504,6 +561,8 @@ def forward_backward(run: Run, n: int, count: int) -> Tensor:
         with autocast(run):
             _, loss = run.model(idx, targets)
         loss = loss / micro_steps
+        if run.scaler.is_enabled():  # after a divergence no gradient is finite: all are skipped
+            loss = loss / (1 - run.diverged[0])
         run.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     return loss_sum
@@ -540,12 +599,20 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
 
 def check_finite(run: Run) -> None:
     """Raise Diverged when an update was not finite."""
+    cfg, progress = run.cfg, run.progress
     flag, iter_num, loss, norm = run.diverged.tolist()
     if flag:
-        lr = get_lr(int(iter_num), run.cfg)
+        iter_num = int(iter_num)
+        first = progress.n - (progress.iter_num - iter_num) * cfg.batch_size
         raise Diverged(
-            f"training diverged at iteration {int(iter_num)}: loss {loss:.4g}, gradient norm "
-            f"{norm:.4g}, learning rate {lr:.3g}; nothing of it was saved"
+            f"training diverged at iteration {iter_num}: loss {loss:.4g}, gradient norm "
+            f"{norm:.4g}, learning rate {get_lr(iter_num, cfg):.3g}, windows {first} to "
+            f"{first + cfg.batch_size - 1} of seed {cfg.seed}; nothing of it was saved"
+        )
+    if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_SCALE:
+        raise Diverged(
+            f"training diverged before iteration {progress.iter_num}: the gradient overflows "
+            "float16 whatever it is scaled by; nothing of it was saved"
         )
 
 
@@ -560,6 +627,7 @@ def evaluate(run: Run, split: bins.Split, max_tokens: int) -> float:
     run.model.eval()
     losses, counts = [], []
     for i in range(0, len(all_starts), batch_size):
+        run.stop.check()
         starts = all_starts[i : i + batch_size]
         idx, targets = get_batch(run, split, np.resize(starts, batch_size))
         targets[len(starts) :] = bins.IGNORED  # rows that fill the last batch up
@@ -575,8 +643,8 @@ def evaluate_both(run: Run) -> str:
     """Evaluate both splits into `run.progress`; return the result in words."""
     train, val, progress = run.dataset.train, run.dataset.val, run.progress
     limit = min(run.cfg.eval_tokens, len(val.tokens))
-    progress.train_loss = evaluate(run, train, limit)
-    progress.val_loss = evaluate(run, val, limit)
+    losses = evaluate(run, train, limit), evaluate(run, val, limit)
+    progress.train_loss, progress.val_loss = losses
     progress.eval_iter = progress.iter_num
     words = f"train loss {progress.train_loss:.4f}, val loss {progress.val_loss:.4f}"
     bits = bits_per_byte(run)
@@ -637,7 +705,7 @@ def save(run: Run, best: bool = False) -> None:
         "scaler": run.scaler.state_dict(),
         "threads": torch.get_num_threads(),
     }
-    snapshot = f"iter_{progress.iter_num:06d}" if is_due(run, cfg.snapshot_interval) else ""
+    snapshot = is_due(run, cfg.snapshot_interval)
     checkpoint.save_run(Path(cfg.out_dir), tensors, meta, best, snapshot, cfg.keep_snapshots)
 
 
@@ -742,8 +810,11 @@ def print_samples(run: Run, log: metrics.Log) -> None:
     )
     ids = start_ids(run.tok, cfg.sample_prompt, cfg.seed)
     run.model.eval()
+    pieces = []
     with autocast(run):
-        pieces = list(complete(run.model, run.tok, ids, options))
+        for piece in complete(run.model, run.tok, ids, options):
+            run.stop.check()
+            pieces.append(piece)
     run.model.train()
     for text in map("".join, zip(*pieces, strict=True)):
         log.sample(run.progress.iter_num, cfg.sample_prompt + text)
@@ -770,6 +841,10 @@ def first_word(run: Run) -> str:
 # ---- the run ------------------------------------------------------------------------------------
 
 
+class Stopped(Exception):
+    """A signal came in the middle of something that can be done again when the run goes on."""
+
+
 class StopSignals:
     """Within it SIGINT and SIGTERM interrupt nothing: `caught` says which came; the loop looks."""
 
@@ -781,6 +856,11 @@ class StopSignals:
 
     def _catch(self, number: int, frame: object) -> None:
         self.caught = signal.Signals(number)
+
+    def check(self) -> None:
+        """Raise Stopped once a signal has come."""
+        if self.caught:
+            raise Stopped
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -808,52 +888,66 @@ def why_stop(run: Run) -> str:
     return ""
 
 
+def resume(run: Run, path: Path) -> int:
+    """Bring the run's folder to the state that it goes on from, and train."""
+    progress, out_dir = run.progress, Path(run.cfg.out_dir)
+    checkpoint.go_back(out_dir, path, progress.iter_num)
+    # a run may have been killed between saving a state and giving it its other names
+    best = progress.eval_iter == progress.iter_num and progress.evals_since_best == 0
+    snapshot = progress.iter_num > 0 and is_due(run, run.cfg.snapshot_interval)
+    checkpoint.link_latest(
+        out_dir, progress.iter_num, best and progress.best_val_loss is not None, snapshot
+    )
+    return train(run)
+
+
 def train(run: Run) -> int:
     """Train until a condition, a signal or a loss that is no number; return the exit code."""
     cfg, progress, out_dir = run.cfg, run.progress, Path(run.cfg.out_dir)
     if cfg.compile:
         run.model.compile()
-    start = progress.iter_num, progress.tokens, progress.train_seconds
-    boards = make_boards(run)
-    try:
-        with StopSignals() as stop:
+    begun = progress.iter_num, progress.tokens, progress.train_seconds
+    boards, why = make_boards(run), ""
+    with run.stop:
+        try:
             plan(run)
-            with metrics.Log(out_dir, *start, cfg.max_iters, boards) as log:
-                why = loop(run, log, stop)
-                if not stop.caught and progress.eval_iter != progress.iter_num:
-                    evaluate_and_save(run, log)
-                if not stop.caught and not is_due(run, cfg.sample_interval):
-                    print_samples(run, log)
-            if stop.caught:
-                save(run)
-        if stop.caught:
-            print(f"stopped: {stop.caught.name} after {progress.iter_num:,} updates; saved")
-            print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
-            return 128 + stop.caught
-        print(f"done:    {why} after {progress.iter_num:,} updates")
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"{cfg.device} is out of memory; a smaller micro_batch_size than "
-            f"{cfg.micro_batch_size} trains the same"
-        ) from None
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    finally:
+            with metrics.Log(out_dir, *begun, cfg.max_iters, boards) as log:
+                try:
+                    why = loop(run, log)
+                except Stopped:
+                    save(run)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{cfg.device} is out of memory; a smaller micro_batch_size than "
+                f"{cfg.micro_batch_size} trains the same"
+            ) from None
+        except Diverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            why = None
         data = run.dataset
         baseline = bins.bigram_loss(data.train.tokens, data.val.tokens, data.vocab_size)
         metrics.draw_losses(out_dir, baseline)
+    if why is None:
+        return 3
+    if run.stop.caught:
+        print(f"stopped: {run.stop.caught.name} after {progress.iter_num:,} updates; saved")
+        print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
+        return 128 + run.stop.caught
+    print(f"done:    {why} after {progress.iter_num:,} updates")
     print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
     where = "" if out_dir.parent == Path("out") else f"--checkpoint {out_dir} "
     print(f'next:    python sample.py {where}--prompt "{first_word(run)}"')
     return 0
 
 
-def loop(run: Run, log: metrics.Log, stop: StopSignals) -> str:
-    """Update after update, until something ends it; return what did."""
-    cfg, clock = run.cfg, run.clock
+def loop(run: Run, log: metrics.Log) -> str:
+    """Update after update, until something ends it; return what did. Raises Stopped."""
+    cfg, progress, clock = run.cfg, run.progress, run.clock
+    if progress.eval_iter != progress.iter_num and is_due(run, cfg.eval_interval):
+        evaluate_and_save(run, log)  # where the run was stopped in the middle of it
     clock.start()
-    while not (why := why_stop(run)) and not stop.caught:
+    while not (why := why_stop(run)):
+        run.stop.check()
         loss, norm = update(run)
         log.bar.update()
         if is_due(run, cfg.log_interval):
@@ -871,6 +965,10 @@ def loop(run: Run, log: metrics.Log, stop: StopSignals) -> str:
                 print_samples(run, log)
             clock.start()
     clock.stop()
+    if progress.eval_iter != progress.iter_num:
+        evaluate_and_save(run, log)
+    if not is_due(run, cfg.sample_interval):
+        print_samples(run, log)
     return why
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -275,8 +276,20 @@ def _sync(file: IO) -> None:
 
 def move_aside(folder: Path) -> None:
     """Rename a folder that is in the way to NAME.1, or the next number that is free; say so."""
-    n = 1
-    while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
-        n += 1
-    folder.rename(aside)
+    aside = free_name(folder.with_name(f"{folder.name}.1"))
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(
+            f"the older {folder} cannot be moved aside ({error.strerror}): choose another name"
+        ) from None
     print(f"moved the older {folder} to {aside}")
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or with its last number raised until nothing has that name."""
+    stem, n = re.sub(r"\.\d+$", "", path.name), 1
+    while path.exists():
+        n += 1
+        path = path.with_name(f"{stem}.{n}")
+    return path

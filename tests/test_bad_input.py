@@ -113,7 +113,7 @@ def files(folder: Path) -> dict:
         (training.main, "--init_from=nowhere", "cannot open checkpoint nowhere: No such file"),
         (training.main, "--init_from=text.safetensors", "is not a checkpoint that can be used"),
         (training.main, "--init_from=data", "is a folder without best.safetensors or ckpt"),
-        (training.main, "--init_from=resume --out_dir=nowhere", "cannot open checkpoint nowhere/ckpt"),
+        (training.main, "--init_from=resume --out_dir=nowhere", "no run in nowhere: no such folder"),
         (training.main, "--init_from=RUN --n_embd=64", "made with n_embd=32"),
         (training.main, "--init_from=resume --checkpoint=RUN/ckpt.safetensors", "belongs to the run in"),
         (training.main, "--device=cuda:9", "device 'cuda:9'"),

@@ -143,8 +143,8 @@ def test_other_files_are_refused(tmp_path):
 
 def save_run(folder, iter_num, best=False, snapshot=False, keep=0):
     tensors = {"model.a": torch.full((3,), float(iter_num))}
-    name = f"iter_{iter_num:06d}" if snapshot else ""
-    checkpoint.save_run(folder, tensors, {**META, "threads": iter_num}, best, name, keep)
+    meta = {**META, "progress": {"iter_num": iter_num}, "threads": iter_num}
+    checkpoint.save_run(folder, tensors, meta, best, snapshot, keep)
 
 
 def iterations(folder):
@@ -165,6 +165,13 @@ def test_best_and_snapshots_stay_while_the_latest_moves_on(tmp_path):
     best, first = tmp_path / "best.safetensors", tmp_path / "snapshots/iter_000001.safetensors"
     assert os.path.samefile(best, first), "one file under two names"
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_linking_what_is_linked_already_harms_nothing(tmp_path):
+    save_run(tmp_path, 1, best=True, snapshot=True)
+    checkpoint.link_latest(tmp_path, 1, best=True, snapshot=True)
+    save_run(tmp_path, 2)
+    assert sorted(iterations(tmp_path).values()) == [1, 1, 2]
 
 
 def test_where_links_fail_copies_serve(tmp_path, monkeypatch):

@@ -55,6 +55,7 @@ def test_a_run_learns_and_leaves_its_files(train, capsys):
     assert {p.name for p in Path("run").iterdir()} == {
         ".lock",
         "best.safetensors",
+        "run.json",
         "ckpt.safetensors",
         "loss.png",
         "metrics.csv",
