@@ -131,6 +131,9 @@ def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
     finally:
         os.close(fd)
 
@@ -161,7 +164,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
                 raise ValueError(f"{key!r} in its header is no {kind.__name__}")
         return {name: _view(data[start:], about) for name, about in header.items()}, meta
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        reason = str(error)
+        if type(error) is not ValueError:
+            reason = f"its header is damaged ({type(error).__name__}: {error})"
         raise UserError(f"{path} is not a checkpoint that can be used: {reason}") from None
 
 

@@ -1,0 +1,171 @@
+"""Promise: a damaged checkpoint is always noticed, and the newest that is whole takes its place."""
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import checkpoint
+from config import UserError
+
+LATEST = Path("run/ckpt.safetensors")
+
+
+@pytest.fixture
+def run(train, capsys):
+    """A run with snapshots of iterations 10, 20 and 30, the best of which is the last."""
+    assert train("--max_iters=30", "--snapshot_interval=10", "--num_samples=0") == 0
+    capsys.readouterr()
+
+
+def damage(path: Path, change) -> None:
+    """Change a file under this name alone, not under its other names."""
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.unlink()
+    path.write_bytes(data)
+
+
+def flip(place: int, bit: int = 0):
+    def change(data):
+        data[place] ^= 1 << bit
+
+    return change
+
+
+def test_truncations_and_flipped_bits_are_all_noticed(run):
+    rng, data = random.Random(0), LATEST.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    copy = Path("copy.safetensors")
+    lengths = [*range(12), header - 1, header, header + 1, len(data) - 33, len(data) - 32]
+    lengths += [len(data) - 1, *(rng.randrange(len(data)) for _ in range(64))]
+    for length in lengths:
+        copy.write_bytes(data[:length])
+        with pytest.raises(UserError):
+            checkpoint.load(copy)
+    places = [rng.randrange(header) for _ in range(128)]
+    places += [rng.randrange(header, len(data)) for _ in range(128)] + [len(data) - 1, 0, 7]
+    for place in places:
+        changed = bytearray(data)
+        flip(place, rng.randrange(8))(changed)
+        copy.write_bytes(changed)
+        with pytest.raises(UserError):
+            checkpoint.load(copy)
+    copy.write_bytes(bytes(len(data)))
+    with pytest.raises(UserError):
+        checkpoint.load(copy)
+    copy.write_bytes(data)
+    checkpoint.load(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [flip(-5000), flip(3), lambda data: data.__delitem__(slice(4000, None)), bytearray.clear],
+    ids=["bit", "header", "cut", "empty"],
+)
+def test_the_newest_whole_one_takes_its_place(run, resume, capsys, change):
+    whole, _ = checkpoint.load(LATEST)
+    damage(LATEST, change)
+    damage(Path("run/best.safetensors"), change)
+    damage(Path("run/snapshots/iter_000030.safetensors"), change)
+    assert resume() == 0
+    out = capsys.readouterr().out
+    assert "run/ckpt.safetensors is not a checkpoint that can be used" in out
+    assert "going on from run/snapshots/iter_000020.safetensors, iteration 20" in out
+    again, _ = checkpoint.load(LATEST)
+    assert all((whole[name] == again[name]).all() for name in whole)
+    assert [
+        checkpoint.load(p)[1]["progress"]["iter_num"] for p in checkpoint.snapshots(Path("run"))
+    ]
+
+
+def test_a_missing_latest_is_no_fresh_start(run, resume, capsys):
+    LATEST.unlink()
+    assert resume() == 0
+    out = capsys.readouterr().out
+    assert "cannot open checkpoint run/ckpt.safetensors" in out and "iteration 30" in out
+
+
+def test_with_none_that_is_whole_nothing_is_done(run, resume, capsys):
+    for path in Path("run").rglob("*.safetensors"):
+        damage(path, flip(-5000))
+    assert resume() == 2
+    captured = capsys.readouterr()
+    assert "nor is any of 4 others" in captured.err and captured.err.count("\n") == 1
+    assert "plan:" not in captured.out
+
+
+def test_another_runs_file_is_not_taken_for_this_runs(run, train, resume, capsys):
+    assert train("--out_dir=other", "--max_iters=40", "--num_samples=0") == 0
+    LATEST.unlink()
+    shutil.copy("other/ckpt.safetensors", LATEST)
+    assert resume() == 0
+    out = capsys.readouterr().out
+    assert "run/ckpt.safetensors is another run's" in out and "iteration 30" in out
+
+
+def test_retention_never_deletes_the_newest_whole_one(train, resume):
+    argv = ("--snapshot_interval=5", "--keep_snapshots=1", "--num_samples=0")
+    assert train(*argv, "--max_iters=10") == 0
+    damage(LATEST, flip(-5000))
+    assert resume("--max_iters=15") == 0
+    damage(LATEST, flip(-5000))
+    assert resume("--max_iters=20") == 0
+    assert len(checkpoint.snapshots(Path("run"))) == 1
+
+
+def test_the_script_shows_and_verifies(run, capsys):
+    assert checkpoint.main(["show", "run/ckpt.safetensors"]) == 0
+    out = capsys.readouterr().out
+    for part in ("every byte is right", "28,000 parameters", "iter_num = 30", "val_loss", "n_embd"):
+        assert part in out, part
+    assert checkpoint.main(["verify", "run"]) == 0
+    assert capsys.readouterr().out.count("every byte is right") == 5
+    damage(Path("run/best.safetensors"), flip(-5000))
+    assert checkpoint.main(["verify", "run"]) == 2
+    assert capsys.readouterr().out.count("its digest does not match") == 1
+    for argv in ([], ["show"], ["burn", "run"], ["show", "nowhere"], ["show", "."]):
+        assert checkpoint.main(argv) == 2
+
+
+LOADING = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import checkpoint, sample, torch, train
+from data import bins, tokenizer
+
+def load():
+    _, meta = sample.load_model(Path("run/best.safetensors"), torch.device("cpu"))
+    checkpoint.load_run(Path("run"))
+    tokenizer.load(meta["tokenizer"])
+    tokenizer.stored_in(Path("run"))
+    bins.load(Path(sys.argv[2]) / "small")
+
+load()  # what is imported on first use is imported
+events = []
+watched = ("pickle.find_class", "exec", "compile", "import", "os.system", "subprocess.Popen")
+sys.addaudithook(lambda name, args: events.append((name, args)) if name in watched else None)
+load()
+print(events)
+"""
+
+
+def test_loading_runs_nothing(run, data_dir):
+    command = [sys.executable, "-c", LOADING, str(ROOT), str(data_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_script_unpickles_or_evaluates():
+    for path in ROOT.rglob("*.py"):
+        if "tests" in path.parts or path.name == "convert.py":
+            continue
+        text = path.read_text("utf-8")
+        for word in ("import pickle", "torch.load(", "eval(", "exec(", "allow_pickle"):
+            found = text.replace(".eval()", "").replace("max_eval(", "")
+            assert word not in found, (path, word)

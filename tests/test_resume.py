@@ -1,0 +1,241 @@
+"""Promise: a run that is resumed, from any iteration, ends in the bits of one that never stopped.
+
+The run has dropout and accumulation; within its 20 iterations warm-up ends, evaluations come and
+go, and an epoch ends.
+"""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+import checkpoint
+import train as script
+
+ITERS = 20
+OPTIONS = [
+    "--block_size=64", "--batch_size=24", "--micro_batch_size=8", f"--max_iters={ITERS}",
+    "--eval_interval=5", "--log_interval=1", "--snapshot_interval=1", "--num_samples=0",
+]  # fmt: skip
+CLOCKS = {"train_seconds", "wall_seconds", "tokens_per_second"}
+
+
+class Ledger:
+    """What every update drew, (iter_num, starts), and its loss to the last bit."""
+
+    def __init__(self, monkeypatch):
+        self.rows, self.recording = [], False
+        window, update = script.bins.window, script.update
+
+        def watched_window(seed, n, n_tokens, block_size):
+            starts = window(seed, n, n_tokens, block_size)
+            if self.recording:
+                self.rows.append((n.tolist(), starts.tolist()))
+            return starts
+
+        def watched_update(run):
+            self.recording = True
+            loss, norm = update(run)
+            self.recording = False
+            self.rows.append((run.progress.iter_num, loss.item().hex(), norm.item().hex()))
+            return loss, norm
+
+        monkeypatch.setattr(script.bins, "window", watched_window)
+        monkeypatch.setattr(script, "update", watched_update)
+
+
+def state(folder: Path) -> dict:
+    """All of a run's folder that must not depend on whether it was interrupted."""
+    files = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors, meta = checkpoint.load(path)
+        progress = {k: v for k, v in meta["progress"].items() if k not in CLOCKS}
+        files[str(path.relative_to(folder))] = (progress, tensors)
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [{k: v for k, v in row.items() if k not in CLOCKS} for row in csv.DictReader(file)]
+    return {"files": files, "rows": rows}
+
+
+def same(one: dict, other: dict) -> bool:
+    """Whether two states are equal, tensors bit by bit."""
+    if one["rows"] != other["rows"] or one["files"].keys() != other["files"].keys():
+        return False
+    for name, (progress, tensors) in one["files"].items():
+        other_progress, other_tensors = other["files"][name]
+        if progress != other_progress or tensors.keys() != other_tensors.keys():
+            return False
+        for key, tensor in tensors.items():
+            if not torch.equal(
+                tensor.view(-1).view(torch.uint8), other_tensors[key].view(-1).view(torch.uint8)
+            ):
+                return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """The folder of a run that was never stopped, its state, and its ledger."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ledger = Ledger(monkeypatch)
+        argv = [*SMALL, *OPTIONS, f"--data_dir={data_dir}", f"--out_dir={folder}"]
+        assert script.main(argv) == 0
+    n_tokens = len(script.bins.load(data_dir / "small").train.tokens)
+    assert ITERS * 24 > (n_tokens - 64) // 65, "it must cross the end of an epoch"
+    return folder, state(folder), ledger.rows
+
+
+def go_on(whole, tmp_path, iter_num: int, *argv: str) -> int:
+    """Resume a copy of the whole run from its snapshot of an iteration."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    snapshot = tmp_path / f"run/snapshots/iter_{iter_num:06d}.safetensors"
+    return script.main(["--init_from=resume", f"--checkpoint={snapshot}", *argv])
+
+
+@pytest.mark.parametrize("iter_num", range(1, ITERS))
+def test_resumed_from_any_iteration(whole, tmp_path, monkeypatch, iter_num):
+    ledger = Ledger(monkeypatch)
+    assert go_on(whole, tmp_path, iter_num) == 0
+    per_update = len(whole[2]) // ITERS
+    assert ledger.rows == whole[2][iter_num * per_update :]
+    beyond = tmp_path / f"run/beyond_{iter_num:06d}"
+    assert len(list(beyond.glob("iter_*"))) == ITERS - iter_num, "what lay beyond is kept"
+    shutil.rmtree(beyond)
+    assert same(state(tmp_path / "run"), whole[1])
+
+
+def leave_out_moments(monkeypatch):
+    restore = checkpoint.restore
+
+    def mutant(params, tensors, prefix, path):
+        if prefix != "optimizer.":
+            restore(params, tensors, prefix, path)
+
+    monkeypatch.setattr(checkpoint, "restore", mutant)
+
+
+def change_progress(field: str, change):
+    def mutate(monkeypatch):
+        make_run = script.make_run
+
+        def mutant(*args):
+            run = make_run(*args)
+            setattr(run.progress, field, change(getattr(run.progress, field)))
+            return run
+
+        monkeypatch.setattr(script, "make_run", mutant)
+
+    return mutate
+
+
+def change_seed(monkeypatch):
+    manual_seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: manual_seed(seed + 1))
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        leave_out_moments,
+        change_progress("iter_num", lambda i: i + 1),
+        change_progress("n", lambda n: n + 1),
+        change_progress("best_val_loss", lambda loss: 0.0),
+        change_seed,
+    ],
+    ids=["moments", "iteration", "windows", "best", "seed"],
+)
+def test_a_state_restored_wrongly_would_be_noticed(whole, tmp_path, monkeypatch, mutate):
+    mutate(monkeypatch)
+    assert go_on(whole, tmp_path, 7) == 0
+    for beyond in (tmp_path / "run").glob("beyond_*"):
+        shutil.rmtree(beyond)
+    assert not same(state(tmp_path / "run"), whole[1])
+
+
+def test_stopping_in_the_middle_of_an_evaluation(whole, data_dir, tmp_path, monkeypatch):
+    """What was not finished is done when the run goes on, and no bit differs."""
+    evaluate, seen = script.evaluate, []
+
+    def interrupted(run, split, max_tokens):
+        seen.append(split)
+        if len(seen) == 4:  # the second split of the second evaluation
+            script.signal.raise_signal(script.signal.SIGTERM)
+        return evaluate(run, split, max_tokens)
+
+    monkeypatch.setattr(script, "evaluate", interrupted)
+    argv = [*SMALL, *OPTIONS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
+    assert script.main(argv) == 143
+    _, meta = checkpoint.load(tmp_path / "run/ckpt.safetensors")
+    assert meta["progress"]["iter_num"] == 10 and meta["progress"]["eval_iter"] == 5
+    assert script.main(["--init_from=resume", f"--out_dir={tmp_path / 'run'}"]) == 0
+    assert same(state(tmp_path / "run"), whole[1])
+
+
+@pytest.mark.parametrize("missing", ["best.safetensors", "snapshots/iter_000010.safetensors"])
+def test_killed_between_a_save_and_its_other_names(whole, data_dir, tmp_path, monkeypatch, missing):
+    class Killed(BaseException):
+        pass
+
+    link = checkpoint._link
+
+    def killed(out_dir, source, target):
+        _, meta = checkpoint.load(source)
+        if target == out_dir / missing and meta["progress"]["iter_num"] == 10:
+            raise Killed
+        link(out_dir, source, target)
+
+    monkeypatch.setattr(checkpoint, "_link", killed)
+    argv = [*SMALL, *OPTIONS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
+    with pytest.raises(Killed):
+        script.main(argv)
+    monkeypatch.undo()
+    assert script.main(["--init_from=resume", f"--out_dir={tmp_path / 'run'}"]) == 0
+    assert same(state(tmp_path / "run"), whole[1])
+
+
+def test_float16s_scaler_goes_on_too(train, resume, monkeypatch):
+    """On CPU, where the scaler and its arithmetic work as on CUDA, though slowly."""
+    float16_on_cpu(monkeypatch)
+    assert train("--dtype=float16", "--max_iters=8", "--eval_interval=8", "--out_dir=whole") == 0
+    assert (
+        train("--dtype=float16", "--max_iters=8", "--eval_interval=4", "--snapshot_interval=4") == 0
+    )
+    assert resume("--checkpoint=run/snapshots/iter_000004.safetensors") == 0
+    one, meta = checkpoint.load(Path("whole/ckpt.safetensors"))
+    other, other_meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert meta["scaler"] == other_meta["scaler"] and meta["scaler"]["_growth_tracker"] > 0
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def float16_on_cpu(monkeypatch):
+    choose_machine = script.choose_machine
+
+    def mutant(cfg, threads):
+        chosen = choose_machine(script.replace(cfg, dtype="float32"), threads)
+        return script.replace(chosen, dtype=cfg.dtype)
+
+    monkeypatch.setattr(script, "choose_machine", mutant)
+
+
+def test_with_float16_no_update_follows_a_divergence(train, monkeypatch):
+    float16_on_cpu(monkeypatch)
+    forward_backward, weights = script.forward_backward, []
+
+    def broken(run, n, count):
+        table = run.model.wte.weight.data
+        kept = table.clone()
+        weights.append(kept)
+        if run.progress.iter_num == 3:
+            table.fill_(float("inf"))
+        loss = forward_backward(run, n, count)
+        table.copy_(kept)
+        return loss
+
+    monkeypatch.setattr(script, "forward_backward", broken)
+    assert train("--dtype=float16", "--max_iters=8", "--eval_interval=8", "--log_interval=8") == 3
+    before_three, *later = weights[-5:]
+    assert not torch.equal(weights[-6], before_three)
+    assert all(torch.equal(table, before_three) for table in later)
