@@ -24,7 +24,9 @@ import math
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,6 +52,8 @@ META = {  # what train.py puts into the header, beside `format`
     "scaler": dict,  # float16's
     "threads": int,
 }
+SYNCED = 1 << 26  # bytes written between syncs
+AHEAD = 8  # tensors that may be written before they are hashed
 O_BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 DIGEST = {"dtype": "U8", "shape": [32]}
 DTYPES = {
@@ -85,10 +89,15 @@ def _write_file(path: Path, blocks: Iterable[memoryview | bytes], partial: Path)
     try:
         file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, 0o666)
         try:
+            unsynced = 0
             for block in blocks:
                 block = memoryview(block)
                 while block:
-                    block = block[os.write(file, block) :]
+                    n_written = os.write(file, block[:SYNCED])
+                    block, unsynced = block[n_written:], unsynced + n_written
+                    if unsynced >= SYNCED:  # the disk works while the next bytes are hashed
+                        os.fsync(file)
+                        unsynced = 0
             os.fsync(file)
         finally:
             os.close(file)
@@ -102,10 +111,16 @@ def _write_file(path: Path, blocks: Iterable[memoryview | bytes], partial: Path)
 
 
 def _with_digest(blocks: Iterable[memoryview]) -> Iterator[memoryview | bytes]:
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-        yield block
+    """The blocks and then their SHA-256, which is taken while the caller writes them."""
+    digest, pending = hashlib.sha256(), deque()
+    with ThreadPoolExecutor(1) as pool:
+        for block in blocks:
+            pending.append(pool.submit(digest.update, block))
+            yield block
+            if len(pending) > AHEAD:
+                pending.popleft().result()
+        for hashed in pending:
+            hashed.result()
     yield digest.digest()
 
 

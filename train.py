@@ -141,6 +141,7 @@ NANOGPT = {  # options of nanoGPT's that mean something else here, or nothing
     "decay_lr": "write schedule=constant",
     "backend": "it follows from the device",
     "start": "write sample_prompt",
+    "wandb_log": "write wandb",
     "max_new_tokens": "write sample_tokens",
 }
 

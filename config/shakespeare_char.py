@@ -2,7 +2,7 @@
 
 python train.py config/shakespeare_char.py
 
-Hardware: a GPU. 2 CPU cores would take 7 hours, by its first 10; loss not yet measured.
+Hardware: a GPU, not yet measured; nanoGPT's README has 3 minutes and a loss of 1.47 on an A100.
 """
 
 dataset = "shakespeare_char"

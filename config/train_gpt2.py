@@ -2,7 +2,8 @@
 
 python train.py config/train_gpt2.py --dataset=NAME
 
-Hardware: meant for one large GPU; memory, time and loss are not yet measured.
+Hardware: a large GPU, not yet measured; nanoGPT's README has four days on eight A100s and a loss of
+2.85 for this model on OpenWebText.
 """
 
 dataset = "shakespeare"  # name a larger one: these 300,000 tokens only show that it runs

@@ -6,6 +6,8 @@ Nothing is written, and there is no traceback.
 import gzip
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +72,7 @@ def files(folder: Path) -> dict:
     return {p: p.is_file() and p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize(
-    "main, argv, says",
+CASES = (
     [
         # options
         (training.main, "typo.py", "typo.py: unknown option 'bach_size'; did you mean 'batch_size'"),
@@ -94,6 +95,12 @@ def files(folder: Path) -> dict:
         (training.main, "--gradient_accumulation_steps=4", "batch_size counts all sequences"),
         (training.main, "--eval_iters=4", "evaluation reads the whole split"),
         (training.main, "--decay_lr=False", "write schedule=constant"),
+        (training.main, "--always_save_checkpoint", "every evaluation saves ckpt.safetensors"),
+        (training.main, "--wandb_log", "write wandb"),
+        (training.main, "--backend=nccl", "it follows from the device"),
+        (training.main, "--start=x", "write sample_prompt"),
+        (training.main, "--max_seconds=inf", "max_seconds must be a number in [0, inf), not inf"),
+        (training.main, "--weight_decay=-inf", "weight_decay must be a number in [0, inf), not -inf"),
         # what does not go together
         (training.main, "--n_embd=30 --n_head=4", "n_embd=28 or 32 would"),
         (training.main, "--batch_size=12 --micro_batch_size=5", "micro_batch_size=4 or batch_size=15"),
@@ -182,18 +189,57 @@ def files(folder: Path) -> dict:
         (sample.main, "--max_new_tokens=0", "max_new_tokens must be a whole number in [1, 1e5]"),
         (sample.main, "--device=cuda:9 --checkpoint=RUN", "device 'cuda:9'"),
         (sample.main, "--start=x", "unknown option 'start'; write prompt"),
-    ],
+    ]
 )  # fmt: skip
+
+
+def words(main, argv: str, run: str) -> list[str]:
+    options = [*SMALL, "--data_dir=data"] if main is training.main else []
+    return options + [word.replace("RUN", run) for word in shlex.split(argv)]
+
+
+@pytest.mark.parametrize("main, argv, says", CASES)
 def test_one_line_and_nothing_written(folder, run, capsys, main, argv, says):
-    words = [word.replace("RUN", str(run)) for word in shlex.split(argv)]
-    if main is training.main:
-        words = [*SMALL, "--data_dir=data", *words]
     before = files(folder)
-    assert main(words) == 2
+    assert main(words(main, argv, str(run))) == 2
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1 and err.startswith("error: ")
     assert files(folder) == before
+
+
+WITHOUT_ASSERTS = """
+import contextlib, io, sys
+sys.path[:0] = sys.argv[1:3]
+import test_bad_input as table
+
+if not sys.flags.optimize:
+    raise SystemExit("asserts are on")
+for main, argv, says in table.CASES:
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    with contextlib.redirect_stderr(err):
+        code = main(table.words(main, argv, sys.argv[3]))
+    text = err.buffer.getvalue().decode()
+    if code != 2 or says not in text or text.count("\\n") != 1:
+        print("WRONG:", argv, code, text)
+print("all done")
+"""
+
+
+def test_the_same_without_asserts(folder, run):
+    """Under python -O, in one process."""
+    command = [
+        sys.executable,
+        "-O",
+        "-c",
+        WITHOUT_ASSERTS,
+        str(ROOT / "tests"),
+        str(ROOT),
+        str(run),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "WRONG" not in done.stdout and "all done" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(

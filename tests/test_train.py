@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -347,7 +348,10 @@ def test_a_diverging_run_ends_with_3_and_keeps_its_checkpoint(train, capsys):
     assert train("--max_iters=4", "--eval_interval=2") == 0
     assert train(*argv, "--out_dir=bad") == 3
     err = capsys.readouterr().err
-    assert "training diverged at iteration" in err and err.count("\n") == 1
+    found = re.search(r"diverged at iteration (\d+): loss .*, windows (\d+) to (\d+) of seed", err)
+    iter_num, first, last = map(int, found.groups())
+    assert (first, last) == (8 * iter_num, 8 * iter_num + 7) and err.count("\n") == 1
+    assert "learning rate" in err and "gradient norm" in err
     for path in Path("bad").glob("*.safetensors"):
         tensors, _ = checkpoint.load(path)
         assert all(t.isfinite().all() for t in tensors.values()), path
