@@ -32,6 +32,7 @@ def folder(tmp_path, monkeypatch):
         "notes/a/z.md": b"z in notes/a",
         "notes/picture.png": b"\x89PNG\r\n\x1a\n\0\0\0",
         "notes/.hidden": b"hidden",
+        "notes/.git/config": b"hidden too",
         "notes/empty.txt": b"",
         "notes/bom.txt": b"\xef\xbb\xbfmarked",
         "lines.jsonl": LINES.encode(),
@@ -210,6 +211,14 @@ def test_bpe_learns_the_most_frequent_pairs():
     tok = tokenizer.BytePairTokenizer.train(["aab\naab\naab\nac"], 259)
     assert tok.tokens == [b"aa", b"aab"] and tok.vocab_size == 259 and tok.end_of_text == 258
     assert tok.encode("aab").tolist() == [257]
+
+
+def test_bpe_learns_from_what_is_trained_on_alone(folder):
+    Path("train.txt").write_text("ab\n" * 50)
+    Path("val.txt").write_text("cd\n" * 500)
+    argv = ["--input=train.txt", "--val_input=val.txt", "--tokenizer=bpe", "--vocab_size=258"]
+    dataset, _, val = build(*argv)
+    assert dataset.tokenizer["tokens"] == ["ab"] and val == "cd\n" * 500
 
 
 def test_any_language_in_characters(folder):
