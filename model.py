@@ -8,10 +8,13 @@ positions, tanh-approximated GELU, and an output head that shares the token embe
 Parameters keep the names that GPT-2 gave them.
 """
 
+import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
@@ -29,6 +32,7 @@ class GPTConfig:
     vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # ids; train.py takes the data set's
     dropout: Annotated[float, "[0, 1)"] = 0.0  # share dropped of the embedding and sublayers
     bias: bool = True  # in linear layers and LayerNorms
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"  # gelu: without the approximation
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -60,9 +64,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -189,6 +194,38 @@ class GPT(LanguageModel):
         """Of a block 16 times its width, and the logits, their softmax and their gradient."""
         return 16 * self.config.n_layer * self.config.n_embd + 3 * self.config.vocab_size
 
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "GPT":
+        """The model in a folder of transformers' GPT-2: config.json and model.safetensors.
+
+        Without dropout, in float32, on the CPU. Tensors are read one by one, so that little more
+        than the weights is ever in memory. Raises ValueError for what is missing, unknown, or of
+        another shape, by name, and for parts that this model does not have.
+        """
+        from checkpoint import stream  # here, so that this file needs torch alone
+
+        with torch.device("meta"):
+            model = cls(config_from_gpt2(json.loads((folder / "config.json").read_text("utf-8"))))
+        expected = {name: p.shape for name, p in model.named_parameters()}
+        for stored_name, tensor in stream(folder / "model.safetensors"):
+            name = stored_name.removeprefix("transformer.")
+            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", name):
+                continue  # the causal mask; the head, which is wte
+            if name not in expected:
+                raise ValueError(f"unknown tensor {stored_name}")
+            if re.sub(r"h\.\d+\.", "", name) in TRANSPOSED and tensor.dim() == 2:
+                tensor = tensor.t()
+            if tensor.shape != (shape := expected.pop(name)):
+                raise ValueError(
+                    f"{stored_name} gives shape {tuple(tensor.shape)}, not {tuple(shape)}"
+                )
+            tensor = tensor.float().contiguous()
+            model.load_state_dict({name: tensor}, strict=False, assign=True)
+        if expected:
+            raise ValueError(f"tensor {min(expected)} is missing")
+        model.lm_head.weight = model.wte.weight
+        return model
+
 
 class Bigram(LanguageModel):
     """The next token from the last one alone: a table of logits, (V, V). Beat this first."""
@@ -213,6 +250,75 @@ class Bigram(LanguageModel):
 
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
+
+
+# ---- GPT-2 as transformers stores it ------------------------------------------------------------
+
+# Names are the same on both sides, after "transformer." there; the matrices of a block are stored
+# the other way round, (in, out), since GPT-2 wrote its linear layers as convolutions of width 1.
+TRANSPOSED = {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+SIZES = {  # ours: theirs
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+}
+ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+FIXED = {  # what config.json may also say, and where this model is the only way
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "n_inner": None,
+}
+
+
+def config_from_gpt2(about: dict) -> GPTConfig:
+    """GPTConfig from a config.json; ValueError names what this model does not have."""
+    for name, value in FIXED.items():
+        if about.get(name, value) != value:
+            raise ValueError(f"config.json: {name}={about[name]}, but this model has {value}")
+    activation = about.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS.values():
+        raise ValueError(f"config.json: activation_function={activation} is not known here")
+    ours = {theirs: name for name, theirs in ACTIVATIONS.items()}[activation]
+    if missing := [name for name in SIZES.values() if type(about.get(name)) is not int]:
+        raise ValueError(f"config.json: {missing[0]} is missing, or is no whole number")
+    sizes = {name: about[theirs] for name, theirs in SIZES.items()}
+    if min(sizes.values()) < 1:
+        raise ValueError("config.json: sizes must be at least 1")
+    return GPTConfig(**sizes, activation=ours)
+
+
+def config_to_gpt2(config: GPTConfig) -> dict:
+    """The config.json of a model."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **FIXED,
+        **{theirs: getattr(config, name) for name, theirs in SIZES.items()},
+        "activation_function": ACTIVATIONS[config.activation],
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+
+
+def weights_to_gpt2(model: GPT) -> dict[str, Tensor]:
+    """The tensors of a model under the names, and in the layout, of transformers' GPT-2.
+
+    That has biases everywhere: a model without them gets zeros.
+    """
+    c, tensors = model.config, {}
+    for name, p in model.named_parameters():
+        kind = re.sub(r"h\.\d+\.", "", name)
+        p = p.detach()
+        tensors[f"transformer.{name}"] = (p.t() if kind in TRANSPOSED else p).contiguous()
+        if not c.bias and name.endswith(".weight") and not name.startswith(("wte", "wpe")):
+            tensors[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(p.shape[0])
+    return tensors
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

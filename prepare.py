@@ -76,7 +76,7 @@ RECIPES = {
 
 @config.script
 def main(argv: list[str]) -> None:
-    given = config.read(PrepareConfig, argv, bare="dataset")
+    given = config.read(PrepareConfig, argv, bare=("dataset",))
     options = config.build(PrepareConfig, given)
     started = time.perf_counter()
     name, recipe = choose(options)

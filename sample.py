@@ -4,6 +4,8 @@
     python sample.py --checkpoint out/shakespeare_char --num_samples 3 --temperature 0.8
     python sample.py --prompt FILE:start.txt --stop "\\n\\n" --device cpu
     echo "To be" | python sample.py --prompt -
+    python sample.py --checkpoint gpt2-xl --prompt "The answer to life, the universe and everything"
+    python sample.py --interactive                                a prompt a line, until Ctrl-D
 
     prompt -> Tokenizer.encode -> idx (B, T) -> GPT.generate -> ids (B,) -> text, piece by piece
 
@@ -15,7 +17,7 @@ import codecs
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +28,9 @@ import checkpoint
 import config
 from config import UserError
 from data import tokenizer
+from data.download import GPT2, pretrained_folder
 from data.tokenizer import Tokenizer
-from model import MODELS, GPTConfig, LanguageModel
+from model import GPT, MODELS, GPTConfig, LanguageModel
 
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
@@ -38,7 +41,8 @@ NANOGPT = {"start": "write prompt", "out_dir": "write checkpoint"}  # what it ca
 @dataclass
 class SampleConfig:
     # what speaks
-    checkpoint: str = ""  # a file, or a run's folder (its best); empty: the newest run in out/
+    checkpoint: str = ""  # a file, a run's folder, one of transformers' or gpt2*; empty: newest run
+    cache_dir: str = ""  # where gpt2* is kept; empty: Hugging Face's usual cache
     device: str = "auto"  # cuda, mps, cpu; auto: the first of them that is there
 
     # what it continues: text with \n, \t, \r and \\; FILE:path; - for standard input
@@ -51,6 +55,7 @@ class SampleConfig:
     top_k: Annotated[int, "[1, inf)"] = 200  # draw from the k likeliest tokens only
     top_p: Annotated[float, "(0, 1]"] = 1.0  # and from the fewest that hold this share
     stop: str = ""  # end a sample before this text (escapes as in the prompt)
+    interactive: bool = False  # read prompts from the terminal, one after another
     seed: Annotated[int, "[0, inf)"] = 1337  # the same seed, the same text
 
 
@@ -59,20 +64,41 @@ def main(argv: list[str]) -> None:
     options = config.build(SampleConfig, config.read(SampleConfig, argv, instead=NANOGPT))
     device = find_device(options.device)
     prompt = read_prompt(options.prompt)
-    path = find_checkpoint(options.checkpoint)
-    model, meta = load_model(path, device)
+    options.stop = unescape(options.stop)
+    name = options.checkpoint or str(checkpoint.newest_run(Path("out")))
+    model, meta = load_model(name, device, options.cache_dir)
     tok = tokenizer.load(meta["tokenizer"])
-    ids = start_ids(tok, prompt, options.seed)
+    if not options.interactive:
+        start_ids(tok, prompt, options.seed)  # an unknown character is said at once
 
     iter_num, val_loss = meta["progress"].get("iter_num"), meta["progress"].get("val_loss")
-    loss = f", validation loss {val_loss:.4f}" if type(val_loss) is float else ""
-    print(f"{path}: iteration {iter_num}{loss}; {device}", file=sys.stderr)
+    iteration = "" if iter_num is None else f"iteration {iter_num}, "
+    loss = f"validation loss {val_loss:.4f}, " if type(val_loss) is float else ""
+    print(f"{name}: {iteration}{loss}{device}", file=sys.stderr)
+    if not options.interactive:
+        return show(model, tok, prompt, options)
+    if options.prompt:
+        raise UserError("--interactive reads its prompts from the terminal: leave --prompt out")
+    print("a prompt, then Enter; Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            prompt = unescape(input("> "))
+        except EOFError:
+            print()
+            return
+        try:
+            show(model, tok, prompt, options)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def show(model: LanguageModel, tok: Tokenizer, prompt: str, options: SampleConfig) -> None:
+    """Print what the model makes of a prompt: a single sample as it comes."""
+    ids = start_ids(tok, prompt, options.seed)
     if len(ids) > (longest := model.config.block_size):
         print(
             f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr
         )
-
-    options.stop = unescape(options.stop)
     pieces = complete(model, tok, ids, options)
     if options.num_samples == 1:
         print(prompt, end="", flush=True)
@@ -106,13 +132,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_checkpoint(path: str) -> Path:
-    folder = path or str(checkpoint.newest_run(Path("out")))
-    return checkpoint.find(folder, (checkpoint.BEST, checkpoint.LATEST))
+def load_model(name: str, device: torch.device, cache_dir: str = "") -> tuple[LanguageModel, dict]:
+    """A model in evaluation mode on `device`, and the meta that a checkpoint of it would have.
 
-
-def load_model(path: Path, device: torch.device) -> tuple[LanguageModel, dict]:
-    """The model in a checkpoint, in evaluation mode on `device`, and the checkpoint's meta."""
+    `name` is what --checkpoint takes; UserError where it is not there or cannot be used.
+    """
+    if loaded := load_pretrained(name, cache_dir):
+        model, meta = loaded
+        return model.to(device).eval(), meta
+    path = checkpoint.find(name, (checkpoint.BEST, checkpoint.LATEST))
     tensors, meta = checkpoint.load(path)
     cfg = config.build(GPTConfig, meta["model_config"], source=str(path))
     if meta["model"] not in MODELS:
@@ -120,6 +148,25 @@ def load_model(path: Path, device: torch.device) -> tuple[LanguageModel, dict]:
     model = MODELS[meta["model"]](cfg)
     checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
     return model.to(device).eval(), meta
+
+
+def load_pretrained(name: str, cache_dir: str) -> tuple[GPT, dict] | None:
+    """GPT-2 by its name, or the model in a folder of transformers'; None where it is neither."""
+    folder = pretrained_folder(name, cache_dir)
+    if folder is None:
+        return None
+    try:
+        model = GPT.from_pretrained(folder)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{name} is no model that can be used: {error}") from None
+    tok = {"kind": "gpt2"} if name in GPT2 else tokenizer.stored_in(folder)
+    meta = {
+        "model": "gpt",
+        "model_config": asdict(model.config),
+        "tokenizer": tok,
+        "progress": {},
+    }
+    return model, meta
 
 
 def read_prompt(prompt: str) -> str:

@@ -5,7 +5,7 @@
     python train.py config/shakespeare_char.py --batch_size=32 --max_seconds=600
     python train.py --init_from=resume --out_dir=out/shakespeare_char
     python train.py --init_from=out/mine/best.safetensors --dataset=mine      finetune
-    python train.py --init_from=out/mine/best.safetensors --dataset=mine --eval_only
+    python train.py --init_from=gpt2 --dataset=mine --eval_only               evaluate
 
     window(seed, n) -> idx, targets (B, T) -> logits (B, T, V), loss -> AdamW
         -> out/<run>/{ckpt,best}.safetensors, snapshots/, metrics.csv, loss.png
@@ -41,7 +41,7 @@ from config import UserError
 from data import bins, tokenizer
 from data.tokenizer import Tokenizer
 from model import MODELS, GPTConfig, LanguageModel
-from sample import SampleConfig, complete, find_device, start_ids
+from sample import SampleConfig, complete, find_device, load_pretrained, start_ids
 
 ROOT = Path(__file__).parent
 QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
@@ -61,7 +61,8 @@ class TrainConfig(GPTConfig):
     micro_batch_size: Annotated[int, "[0, 1e6]"] = 0  # sequences held at a time; 0: all of them
 
     # where it starts, where it goes
-    init_from: str = "scratch"  # scratch, resume, or a checkpoint to finetune
+    init_from: str = "scratch"  # scratch, resume, or what to finetune: a checkpoint, gpt2*
+    cache_dir: str = ""  # where gpt2* is kept; empty: Hugging Face's usual cache
     checkpoint: str = ""  # with resume: from this file rather than the run's latest
     out_dir: str = "out/run"  # the run's folder; an older run there is moved aside
     seed: Annotated[int, "[0, inf)"] = 1337  # of the weights, the windows and dropout
@@ -245,7 +246,8 @@ def start(given: dict, quick_start: bool = False) -> int:
     del tensors  # copied by now, and as large as the run itself
     describe(run)
     if cfg.eval_only:
-        print(f"{path or 'untrained'}: {evaluate_both(run)}")
+        words = evaluate_both(run)
+        print(f"{path or 'untrained'}: {words}, perplexity {math.exp(run.progress.val_loss):.2f}")
         return 0
     check_disk(run)
     if cfg.init_from == "resume":
@@ -302,6 +304,10 @@ def resumed_folder(given: dict) -> Path:
 def starting_point(given: dict) -> tuple[Path, dict[str, Tensor], dict]:
     """Load the checkpoint that init_from means: (path, tensors, meta)."""
     if given["init_from"] != "resume":
+        if loaded := load_pretrained(given["init_from"], given.get("cache_dir", "")):
+            model, meta = loaded
+            tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+            return Path(given["init_from"]), tensors, meta
         path = checkpoint.find(given["init_from"], (checkpoint.BEST, checkpoint.LATEST))
     elif "checkpoint" in given:
         path = Path(given["checkpoint"])
@@ -311,14 +317,22 @@ def starting_point(given: dict) -> tuple[Path, dict[str, Tensor], dict]:
 
 
 def adopt(given: dict, meta: dict, path: Path) -> dict:
-    """`given` over a checkpoint's own options; what cannot change is refused by name."""
+    """`given` over a checkpoint's own options; what cannot change is refused by name.
+
+    Finetuning may crop the block and pad the vocabulary.
+    """
     saved = {"model": meta["model"], **meta["model_config"]}
+    resuming = given["init_from"] == "resume"
     fixed = [name for name in saved if name != "dropout"]
-    if given["init_from"] == "resume":
+    if resuming:
         saved |= meta["run_config"]
         fixed += ["dataset", "seed"]
     for name in fixed:
-        if name in given and given[name] != saved[name]:
+        if name not in given or given[name] == saved[name]:
+            continue
+        crops = name == "block_size" and given[name] < saved[name]
+        pads = name == "vocab_size" and given[name] > saved[name]
+        if resuming or not (crops or pads):
             raise UserError(f"{name}={given[name]}, but {path} was made with {name}={saved[name]}")
     return {**saved, **given}
 
@@ -383,7 +397,8 @@ def make_run(
     torch.manual_seed(cfg.seed)
     model = kind(of_model)
     if tensors:
-        checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
+        fitted = fit(tensors, of_model)
+        checkpoint.restore(dict(model.named_parameters()), fitted, "model.", path)
     model.to(cfg.device)
     resuming = cfg.init_from == "resume"
     progress = config.build(Progress, meta["progress"], str(path)) if resuming else Progress()
@@ -406,6 +421,21 @@ def make_run(
             run.scaler.load_state_dict(meta["scaler"])
     start_ids(run.tok, cfg.sample_prompt, cfg.seed)  # an unknown character is said now
     return run
+
+
+def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:
+    """A GPT's tensors with positions cropped to block_size and the vocabulary padded to vocab_size.
+
+    Ids that are new get the mean embedding, and with it a middling logit: far below the likely
+    ones. (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models")
+    """
+    fitted = dict(tensors)
+    if (wpe := tensors.get("model.wpe.weight")) is not None:
+        wte = tensors["model.wte.weight"]
+        padding = wte.mean(0, keepdim=True).expand(max(0, cfg.vocab_size - len(wte)), -1)
+        fitted["model.wpe.weight"] = wpe[: cfg.block_size]
+        fitted["model.wte.weight"] = torch.cat((wte, padding)) if len(padding) else wte
+    return fitted
 
 
 def model_config(cfg: TrainConfig) -> dict:

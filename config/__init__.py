@@ -75,11 +75,16 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
     return run
 
 
-def read(options: type, argv: list[str], bare: str = "", instead: dict[str, str] | None = None):
+def read(
+    options: type,
+    argv: list[str],
+    bare: tuple[str, ...] = (),
+    instead: dict[str, str] | None = None,
+) -> dict[str, object]:
     """Return what `argv` sets, as {option: value}, checked; later words win.
 
-    `bare` names the option that a word without dashes sets. `instead` says, for names that other
-    trainers use, what to write here. `--help` prints the script's page and exits.
+    `bare` names the options that words without dashes set, one after the other. `instead` says, for
+    names that other trainers use, what to write here. `--help` prints the script's page and exits.
     """
     hints = typing.get_type_hints(options, include_extras=True)
     given = {}
@@ -89,7 +94,7 @@ def read(options: type, argv: list[str], bare: str = "", instead: dict[str, str]
             raise UserError(f"{source}: unknown option {name!r}; {_suggest(name, hints, instead)}")
         given[name] = _check(name, value, hints[name], source)
 
-    words = list(argv)
+    words, left = list(argv), list(bare)
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -114,8 +119,8 @@ def read(options: type, argv: list[str], bare: str = "", instead: dict[str, str]
         elif word.endswith(".py"):
             for name, value in _run_recipe(word).items():
                 put(name, value, word)
-        elif bare and not word.startswith("-"):
-            put(bare, word, "command line")
+        elif left and not word.startswith("-"):
+            put(left.pop(0), word, "command line")
         else:
             raise UserError(
                 f"command line: cannot read {word!r}; "

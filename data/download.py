@@ -1,7 +1,9 @@
-"""fetch(): a file from the web, whole and verified, or not there at all."""
+"""fetch(): a file from the web, whole and verified, or not there at all; and GPT-2 from the Hub."""
 
 import hashlib
 import os
+import re
+import shutil
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -99,3 +101,80 @@ def _in_short(error: requests.RequestException) -> str:
     if isinstance(error, requests.ConnectionError):
         return "no connection"
     return type(error).__name__
+
+
+# ---- the Hugging Face Hub -----------------------------------------------------------------------
+
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def pretrained_folder(name: str, cache_dir: str = "") -> Path | None:
+    """The folder with config.json and model.safetensors that `name` means; None if it means none.
+
+    A folder that holds them, or one of GPT2, which is downloaded into Hugging Face's usual cache,
+    or `cache_dir`, where transformers finds it too.
+    """
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if name not in GPT2:
+        return None
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(cache_dir or os.environ.get("HF_HUB_CACHE") or home / "hub")
+    repo = cache / f"models--openai-community--{name}"
+    try:
+        for file in ("config.json", "model.safetensors"):
+            folder = _from_hub(f"openai-community/{name}", file, repo)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or name a folder that holds {name}'s config.json and model.safetensors"
+        ) from None
+    return folder
+
+
+def _from_hub(repo_id: str, name: str, repo: Path) -> Path:
+    """Put one file of a repository into the cache's folder for it; the folder that holds it.
+
+    Files lie in blobs/ under their digest; snapshots/COMMIT/ has links to them under their names,
+    and refs/main says which commit is meant.
+    """
+    main = repo / "refs" / "main"
+    if main.is_file():
+        folder = repo / "snapshots" / main.read_text().strip()
+        if (folder / name).is_file():
+            return folder
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{endpoint}/{repo_id}/resolve/main/{name}"
+    try:
+        response = requests.head(url, timeout=TIMEOUT)  # redirects are for the download itself
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise UserError(f"cannot download {url} ({_in_short(error)})") from None
+    headers = response.headers
+    digest = (headers.get("X-Linked-Etag") or headers.get("ETag", "")).strip('W/"')
+    size = headers.get("X-Linked-Size") or headers.get("Content-Length")
+    commit = headers.get("X-Repo-Commit", "")
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest) or not commit.isalnum():
+        raise UserError(f"cannot download {url}: the answer has no digest, or no commit")
+    blob = repo / "blobs" / digest
+    if not blob.is_file():
+        large = len(digest) == 64  # a SHA-256; of small files git's SHA-1
+        fetch(url, blob, digest if large else None, int(size) if large and size else None)
+        if not large and _git_sha1(blob) != digest:
+            blob.unlink()
+            raise UserError(f"cannot download {url} (what arrived is not what was announced)")
+    folder = repo / "snapshots" / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / name
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(os.path.relpath(blob, folder))
+    except OSError:  # no right to make links, as on Windows
+        shutil.copyfile(blob, link)
+    main.parent.mkdir(parents=True, exist_ok=True)
+    main.write_text(commit)
+    return folder
+
+
+def _git_sha1(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -26,6 +26,7 @@ GPT2_PATTERN = (  # what GPT-2 cuts text into before it merges pairs of bytes; n
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
 END_OF_TEXT = "<|endoftext|>"
+EXPORTED = "folio_tokenizer.json"  # what convert.py writes beside the files of transformers
 
 
 class Tokenizer:
@@ -168,6 +169,28 @@ class BytePairTokenizer(Tokenizer):
     def _content(self) -> dict:
         return {"tokens": [token.decode("latin-1") for token in self.tokens]}  # a byte, a character
 
+    def files(self) -> dict[str, bytes]:
+        """vocab.json and merges.txt, which transformers' GPT-2 tokenizer reads.
+
+        Each byte is written there as one printable character: itself, or for those that are none
+        the next one from U+0100 on (Radford et al. 2019, encoder.py).
+        """
+        names = {i: chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))}
+        for i in range(256):
+            names.setdefault(i, chr(256 + len(names) - 188))
+        spelled = [bytes([i]) for i in range(256)] + self.tokens
+        vocab = {"".join(names[i] for i in token): n for n, token in enumerate(spelled)}
+        ranks = {token: n for n, token in enumerate(spelled)}
+        merges = ["#version: 0.2"]
+        for token in self.tokens:
+            pair = _parts(token, ranks)
+            merges.append(" ".join("".join(names[i] for i in part) for part in pair))
+        vocab[END_OF_TEXT] = self.end_of_text
+        return {
+            "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
+            "merges.txt": ("\n".join(merges) + "\n").encode(),
+        }
+
 
 class GPT2Tokenizer(BytePairTokenizer):
     """GPT-2's own byte pairs; the vocabulary is downloaded on first use."""
@@ -179,11 +202,15 @@ class GPT2Tokenizer(BytePairTokenizer):
     def __init__(self):
         import tiktoken
 
-        _fetch_gpt2_vocabulary()
+        self._paths = _fetch_gpt2_vocabulary()
         self._encoding = tiktoken.get_encoding("gpt2")
 
     def _content(self) -> dict:
         return {}
+
+    def files(self) -> dict[str, bytes]:
+        merges, vocab = (path.read_bytes() for path in self._paths)
+        return {"vocab.json": vocab, "merges.txt": merges}
 
 
 def load(meta: dict) -> Tokenizer:
@@ -212,8 +239,15 @@ def load(meta: dict) -> Tokenizer:
 
 
 def stored_in(path: Path) -> dict:
-    """The tokenizer, as meta() gives it, of a data set, a run or a checkpoint; nothing is run."""
+    """The tokenizer, as meta() gives it, of a data set, a run or a checkpoint, or of a folder of
+    transformers' that is GPT-2's or was written by convert.py; nothing is run."""
     try:
+        if (path / "config.json").is_file():
+            if (path / EXPORTED).is_file():
+                return json.loads((path / EXPORTED).read_text("utf-8"))
+            if json.loads((path / "config.json").read_text("utf-8"))["vocab_size"] == 50257:
+                return {"kind": "gpt2"}
+            raise ValueError(f"it has no {EXPORTED}, and not GPT-2's vocabulary")
         if (path / "meta.json").is_file():
             return json.loads((path / "meta.json").read_text("utf-8"))["tokenizer"]
         for name in ("best.safetensors", "ckpt.safetensors"):
@@ -253,20 +287,32 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def _fetch_gpt2_vocabulary() -> None:
-    """Put GPT-2's two vocabulary files where tiktoken looks for them.
+def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two earlier tokens that a token was made of: what it is before its own merge."""
+    parts = [bytes([i]) for i in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _fetch_gpt2_vocabulary() -> list[Path]:
+    """Put GPT-2's two vocabulary files, merges and ids, where tiktoken looks for them.
 
     tiktoken would download them itself, but without a time-out. Its cache names a file by the
     SHA-1 of its address.
     """
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = Path(cache or Path(tempfile.gettempdir()) / "data-gym-cache")
+    paths = []
     for name, sha256 in {
         "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     }.items():
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
         path = folder / hashlib.sha1(url.encode()).hexdigest()
+        paths.append(path)
         if not path.exists():
             try:
                 fetch(url, path, sha256)
@@ -276,3 +322,4 @@ def _fetch_gpt2_vocabulary() -> None:
                     "use --tokenizer=char, byte or bpe, or set TIKTOKEN_CACHE_DIR to a folder "
                     "with it"
                 ) from None
+    return paths

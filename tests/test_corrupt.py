@@ -140,7 +140,7 @@ import checkpoint, sample, torch, train
 from data import bins, tokenizer
 
 def load():
-    _, meta = sample.load_model(Path("run/best.safetensors"), torch.device("cpu"))
+    _, meta = sample.load_model("run/best.safetensors", torch.device("cpu"))
     checkpoint.load_run(Path("run"))
     tokenizer.load(meta["tokenizer"])
     tokenizer.stored_in(Path("run"))

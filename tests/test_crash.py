@@ -167,6 +167,7 @@ class Disk:
         self.data = {(p.stat().st_ino): [p.read_bytes(), p.read_bytes()] for p in files}
         self.names = {str(p): p.stat().st_ino for p in files}
         self.pending: list[dict] = []  # the names after each change that is not yet synced
+        self.unsynced_folders: set[str] = set()
         self.durable = dict(self.names)
         self.new = itertools.count(-1, -1)
 
@@ -180,7 +181,11 @@ class Disk:
         elif call == "fsync" and args[0] in names:
             data = self.data[names[args[0]]]
             data[1] = data[0]
+        elif call == "mkdir":
+            self.unsynced_folders.add(args[0])
         elif call == "fsync":  # of a folder: its names, whatever other folders have in mind
+            made = {f for f in self.unsynced_folders if str(Path(f).parent) == args[0]}
+            self.unsynced_folders -= made
             inside = lambda name: str(Path(name).parent) == args[0]  # noqa: E731
             kept = {k: v for k, v in self.durable.items() if not inside(k)}
             self.durable = kept | {k: v for k, v in names.items() if inside(k)}
@@ -200,7 +205,12 @@ class Disk:
 
     def after_a_crash(self):
         """Every folder that may be found: {name: data}."""
-        for names in (self.durable, *self.pending):
+        durable = {
+            name: node
+            for name, node in self.durable.items()
+            if str(Path(name).parent) not in self.unsynced_folders
+        }
+        for names in (durable, *self.pending):
             for part in (0.0, 0.5, 1.0):
                 yield {
                     name: synced + written[len(synced) :][: int(part * len(written))]
@@ -208,7 +218,10 @@ class Disk:
                 }
 
 
-def test_a_loss_of_power_at_every_moment_of_a_save(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("first_snapshot", [False, True])
+def test_a_loss_of_power_at_every_moment_of_a_save(folder, tmp_path, monkeypatch, first_snapshot):
+    if first_snapshot:
+        shutil.rmtree(folder / checkpoint.SNAPSHOTS)
     recorder, disk = Recorder(), Disk(folder)
     working = shutil.copytree(folder, tmp_path / "kept")
     with monkeypatch.context() as patch:
@@ -227,6 +240,7 @@ def test_a_loss_of_power_at_every_moment_of_a_save(folder, tmp_path, monkeypatch
             found[iter_num] += 1
             if number == len(recorder.log):
                 assert iter_num == 3, "the save had returned"
+                assert len(checkpoint.snapshots(lost)) >= (1 if first_snapshot else 2)
                 for path in (lost / checkpoint.BEST, *checkpoint.snapshots(lost)):
                     checkpoint.load(path)
         if number < len(recorder.log):

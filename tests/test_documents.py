@@ -193,13 +193,22 @@ def test_end_of_text_stands_between_documents(folder, kind):
 
 def test_the_same_input_gives_the_same_bins_for_any_number_of_workers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "PIECE", 5000)  # more batches than can be waiting
+    Path("own.txt").write_text("import asyncio")
+    text = "\n".join(path.read_text("utf-8") for path in sorted(LIBRARY.glob("*.py")))
     for kind in ("char", "bpe"):
         made = set()
         for workers in (1, 2, 5, 5):
-            argv = [f"--input={LIBRARY}", f"--tokenizer={kind}", f"--workers={workers}"]
+            argv = [
+                f"--input={LIBRARY}/*.py",
+                "--val_input=own.txt",
+                f"--tokenizer={kind}",
+                f"--workers={workers}",
+            ]
             if kind == "bpe":
                 argv.append("--vocab_size=300")
-            dataset, _, _ = build(*argv, name=f"{kind}{workers}{len(made)}")
+            dataset, train, _ = build(*argv, name=f"{kind}{workers}{len(made)}")
+            assert kind == "bpe" or train == text
             made.add((json.dumps(dataset.tokenizer), dataset.fingerprint))
         assert len(made) == 1
 

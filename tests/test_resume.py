@@ -174,8 +174,12 @@ def test_stopping_in_the_middle_of_an_evaluation(whole, data_dir, tmp_path, monk
     assert same(state(tmp_path / "run"), whole[1])
 
 
-@pytest.mark.parametrize("missing", ["best.safetensors", "snapshots/iter_000010.safetensors"])
-def test_killed_between_a_save_and_its_other_names(whole, data_dir, tmp_path, monkeypatch, missing):
+@pytest.mark.parametrize(
+    "missing, iter_num", [("best.safetensors", 20), ("snapshots/iter_000010.safetensors", 10)]
+)
+def test_killed_between_a_save_and_its_other_names(
+    whole, data_dir, tmp_path, monkeypatch, missing, iter_num
+):
     class Killed(BaseException):
         pass
 
@@ -183,7 +187,7 @@ def test_killed_between_a_save_and_its_other_names(whole, data_dir, tmp_path, mo
 
     def killed(out_dir, source, target):
         _, meta = checkpoint.load(source)
-        if target == out_dir / missing and meta["progress"]["iter_num"] == 10:
+        if target == out_dir / missing and meta["progress"]["iter_num"] == iter_num:
             raise Killed
         link(out_dir, source, target)
 

@@ -141,7 +141,7 @@ def test_the_same_seed_the_same_text(capsys, run_dir):
 
 
 def test_a_sample_does_not_depend_on_how_many_there_are(run_dir):
-    model, meta = sample.load_model(run_dir / "best.safetensors", torch.device("cpu"))
+    model, meta = sample.load_model(str(run_dir / "best.safetensors"), torch.device("cpu"))
     tok = tokenizer.load(meta["tokenizer"])
     texts = {
         n: [
@@ -206,4 +206,4 @@ def test_without_a_checkpoint_the_newest_run_speaks(capsys, run_dir, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").symlink_to(run_dir.parent)
     assert sample.main(["--max_new_tokens=5", "--device=cpu"]) == 0
-    assert "out/run/best.safetensors: iteration 20" in capsys.readouterr().err
+    assert "out/run: iteration 20" in capsys.readouterr().err
