@@ -64,7 +64,6 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -186,34 +185,6 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"{path} is not a checkpoint that can be used: {reason}") from None
 
 
-def stream(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of any safetensors file, (name, tensor) one after the other, each read when its
-    turn comes. Raises ValueError where the file is no such file, and allocates no more than it has.
-    """
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"{path} is cut short, or no safetensors file")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            if _check_layout(items) != size - 8 - length:
-                raise ValueError("it is cut short, or longer than its header says")
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is no safetensors file that can be read: {error}") from None
-        for name, about in items:
-            tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
-            data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-            while data:
-                n_read = file.readinto(data)
-                if not n_read:
-                    raise ValueError(f"{path} shrank while it was read")
-                data = data[n_read:]
-            yield name, tensor
-
-
 def _parse_header(data: Tensor) -> tuple[dict, int]:
     """The header, its last entry checked to be the digest, and where the tensors' bytes start."""
     if len(data) < 8 + 2 + 32:
@@ -222,24 +193,19 @@ def _parse_header(data: Tensor) -> tuple[dict, int]:
     if length > len(data) - 8 - 32:
         raise ValueError("the file is cut short, or no safetensors file")
     header = json.loads(data[8 : 8 + length].numpy().tobytes())
-    offset = _check_layout([item for item in header.items() if item[0] != "__metadata__"])
+    offset = 0
+    for name, about in header.items():
+        if name != "__metadata__":
+            start, end = about["data_offsets"]
+            size = math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize
+            if start != offset or end != start + size or min(about["shape"], default=0) < 0:
+                raise ValueError(f"the header lies about tensor {name!r}")
+            offset = end
     if 8 + length + offset != len(data):
         raise ValueError("the file is cut short, or longer than its header says")
     if header.pop("sha256", None) != {**DIGEST, "data_offsets": [offset - 32, offset]}:
         raise ValueError("it carries no digest: not written by Folio")
     return header, 8 + length
-
-
-def _check_layout(items: list[tuple[str, dict]]) -> int:
-    """Where the last of a header's tensors ends; ValueError unless they lie side by side."""
-    offset = 0
-    for name, about in items:
-        start, end = about["data_offsets"]
-        size = math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize
-        if start != offset or end != start + size or min(about["shape"], default=0) < 0:
-            raise ValueError(f"the header lies about tensor {name!r}")
-        offset = end
-    return offset
 
 
 def _view(data: Tensor, about: dict) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass
@@ -198,31 +199,35 @@ class GPT(LanguageModel):
     def from_pretrained(cls, folder: Path) -> "GPT":
         """The model in a folder of transformers' GPT-2: config.json and model.safetensors.
 
-        Without dropout, in float32, on the CPU. Tensors are read one by one, so that little more
-        than the weights is ever in memory. Raises ValueError for what is missing, unknown, or of
-        another shape, by name, and for parts that this model does not have.
+        Without dropout, in float32, on the CPU. The weights stay mapped from the file: what is not
+        used is not read, and a matrix that is stored the other way round becomes a view of it.
+        Raises ValueError for what is missing, unknown, or of another shape, by name, and for parts
+        that this model does not have.
         """
-        from checkpoint import stream  # here, so that this file needs torch alone
+        from safetensors import safe_open  # here, so that this file needs torch alone
 
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = cls(config_from_gpt2(json.loads((folder / "config.json").read_text("utf-8"))))
         expected = {name: p.shape for name, p in model.named_parameters()}
-        for stored_name, tensor in stream(folder / "model.safetensors"):
-            name = stored_name.removeprefix("transformer.")
-            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", name):
-                continue  # the causal mask; the head, which is wte
-            if name not in expected:
-                raise ValueError(f"unknown tensor {stored_name}")
-            if re.sub(r"h\.\d+\.", "", name) in TRANSPOSED and tensor.dim() == 2:
-                tensor = tensor.t()
-            if tensor.shape != (shape := expected.pop(name)):
-                raise ValueError(
-                    f"{stored_name} gives shape {tuple(tensor.shape)}, not {tuple(shape)}"
-                )
-            tensor = tensor.float().contiguous()
-            model.load_state_dict({name: tensor}, strict=False, assign=True)
+        weights = {}
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            for stored_name in file.keys():  # noqa: SIM118 (it is no dict)
+                name = stored_name.removeprefix("transformer.")
+                if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", name):
+                    continue  # the causal mask; the head, which is wte
+                if name not in expected:
+                    raise ValueError(f"unknown tensor {stored_name}")
+                tensor = file.get_tensor(stored_name).float()
+                if re.sub(r"h\.\d+\.", "", name) in TRANSPOSED and tensor.dim() == 2:
+                    tensor = tensor.t()
+                if tensor.shape != (shape := expected.pop(name)):
+                    raise ValueError(
+                        f"{stored_name} gives shape {tuple(tensor.shape)}, not {tuple(shape)}"
+                    )
+                weights[name] = tensor
         if expected:
             raise ValueError(f"tensor {min(expected)} is missing")
+        model.load_state_dict(weights, strict=False, assign=True)
         model.lm_head.weight = model.wte.weight
         return model
 
@@ -250,6 +255,18 @@ class Bigram(LanguageModel):
 
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
+
+
+class Undrawn(TorchFunctionMode):
+    """Within it no random numbers are drawn into tensors; on "meta" that would take a second."""
+
+    DRAWING = (Tensor.normal_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 # ---- GPT-2 as transformers stores it ------------------------------------------------------------

@@ -23,6 +23,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 import checkpoint
 import config
@@ -157,7 +158,10 @@ def load_pretrained(name: str, cache_dir: str) -> tuple[GPT, dict] | None:
         return None
     try:
         model = GPT.from_pretrained(folder)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except (
+        *(ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError),
+        SafetensorError,
+    ) as error:
         raise UserError(f"{name} is no model that can be used: {error}") from None
     tok = {"kind": "gpt2"} if name in GPT2 else tokenizer.stored_in(folder)
     meta = {

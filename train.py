@@ -40,7 +40,7 @@ import metrics
 from config import UserError
 from data import bins, tokenizer
 from data.tokenizer import Tokenizer
-from model import MODELS, GPTConfig, LanguageModel
+from model import MODELS, GPTConfig, LanguageModel, Undrawn
 from sample import SampleConfig, complete, find_device, load_pretrained, start_ids
 
 ROOT = Path(__file__).parent
@@ -392,7 +392,7 @@ def make_run(
 ) -> Run:
     """Build the model and the optimizer, anew or from the checkpoint at `path`."""
     kind, of_model = MODELS[cfg.model], GPTConfig(**model_config(cfg))
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         check_memory(cfg, kind(of_model))
     torch.manual_seed(cfg.seed)
     model = kind(of_model)

@@ -5,6 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
+import convert
 import prepare
 import sample
 import train
@@ -12,7 +13,7 @@ import train
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("script", [prepare, sample, train])
+@pytest.mark.parametrize("script", [prepare, sample, train, convert])
 def test_every_option_stands_there_as_help_has_it(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])
