@@ -126,7 +126,10 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"no device {name!r}; this machine has {', '.join(names)}") from None
     if not there.get(device.type):
-        raise UserError(f"device {name!r} is not on this machine, which has {', '.join(names)}")
+        raise UserError(
+            f"device {name!r} is not on this machine, which has {', '.join(names)}: "
+            f"--device={names[0]}"
+        )
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
         raise UserError(f"device {name!r}: this machine has {count} of them")

@@ -41,7 +41,7 @@ from config import UserError
 from data import bins, tokenizer
 from data.tokenizer import Tokenizer
 from model import MODELS, GPTConfig, LanguageModel, Undrawn
-from sample import SampleConfig, complete, find_device, load_pretrained, start_ids
+from sample import SampleConfig, complete, find_device, load_pretrained, start_ids, unescape
 
 ROOT = Path(__file__).parent
 QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
@@ -93,7 +93,7 @@ class TrainConfig(GPTConfig):
     snapshot_interval: Annotated[int, "[0, inf)"] = 0  # updates between kept checkpoints; 0: none
     keep_snapshots: Annotated[int, "[0, inf)"] = 0  # the newest so many; 0: all
     sample_interval: Annotated[int, "[0, inf)"] = 0  # updates between samples; 0: at the end only
-    sample_prompt: str = ""  # what they continue
+    sample_prompt: str = ""  # what they continue; escapes as in sample.py
     num_samples: Annotated[int, "[0, 1e4]"] = 1  # how many, each time
     sample_tokens: Annotated[int, "[1, 1e5]"] = 300  # length of each
     tensorboard: bool = False  # write for TensorBoard too, into out_dir/tensorboard
@@ -287,7 +287,8 @@ def prepare(data_dir: str, name: str, timeout: float | None = None) -> None:
         raise UserError(f"it did not arrive within {timeout} seconds") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["prepare.py gave no reason"]
-        raise UserError(lines[-1].removeprefix("error: "))
+        reason = lines[-1].removeprefix("error: ")
+        raise UserError(reason) if done.returncode == 2 else OSError(reason)
 
 
 def resumed_folder(given: dict) -> Path:
@@ -417,9 +418,12 @@ def make_run(
     )
     if resuming:
         checkpoint.restore(optimizer_tensors(run), tensors, "optimizer.", path)
-        if meta["scaler"]:
-            run.scaler.load_state_dict(meta["scaler"])
-    start_ids(run.tok, cfg.sample_prompt, cfg.seed)  # an unknown character is said now
+        try:
+            if meta["scaler"]:
+                run.scaler.load_state_dict(meta["scaler"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: the scaler's state cannot be used: {error}") from None
+    start_ids(run.tok, unescape(cfg.sample_prompt), cfg.seed)  # an unknown character is said now
     return run
 
 
@@ -788,7 +792,17 @@ def plan(run: Run) -> None:
 def warm_up(run: Run) -> float:
     """Seconds that an update will take, tried without touching the weights; compiles on the way."""
     cfg, trials = run.cfg, []
-    forward_backward(run, 0, cfg.micro_batch_size)  # compiles, fills caches: not timed
+    try:
+        forward_backward(run, 0, cfg.micro_batch_size)  # compiles, fills caches: not timed
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not cfg.compile:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"torch.compile failed ({reason}); --compile=False trains without"
+        ) from None
     while not trials or (len(trials) < WARM_UPS and sum(trials) < WARM_UP_SECONDS):
         trial = Progress()
         clock = Clock(trial, cfg.device)
@@ -839,7 +853,8 @@ def print_samples(run: Run, log: metrics.Log) -> None:
     options = SampleConfig(
         num_samples=cfg.num_samples, max_new_tokens=cfg.sample_tokens, seed=cfg.seed
     )
-    ids = start_ids(run.tok, cfg.sample_prompt, cfg.seed)
+    prompt = unescape(cfg.sample_prompt)
+    ids = start_ids(run.tok, prompt, cfg.seed)
     run.model.eval()
     pieces = []
     with autocast(run):
@@ -848,7 +863,7 @@ def print_samples(run: Run, log: metrics.Log) -> None:
             pieces.append(piece)
     run.model.train()
     for text in map("".join, zip(*pieces, strict=True)):
-        log.sample(run.progress.iter_num, cfg.sample_prompt + text)
+        log.sample(run.progress.iter_num, prompt + text)
 
 
 def make_boards(run: Run) -> list[metrics.TensorBoard | metrics.WandB]:

@@ -22,6 +22,7 @@ import inspect
 import os
 import re
 import runpy
+import signal
 import sys
 import types
 import typing
@@ -50,13 +51,15 @@ class UserError(ValueError):
 def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], int]:
     """Wrap a script's `main(argv)` so that it returns an exit code and errors take one line.
 
-    0: done; 2: the user can mend it; 1: the machine failed; 130: interrupted.
+    0: done; 2: the user can mend it; 1: the machine failed; 130, 143: SIGINT, SIGTERM, after what
+    was begun is cleaned up.
     """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # a narrow terminal must not end a run
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return main(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
@@ -69,6 +72,8 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
             code = 2 if getattr(error, "errno", None) in BAD_PATH else 1
         except KeyboardInterrupt:
             message, code = "interrupted", 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
         print("error:", " ".join(str(message).split()), file=sys.stderr)
         return code
 

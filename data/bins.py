@@ -150,7 +150,9 @@ def load(folder: Path) -> Dataset:
         for name in SPLITS:
             path, about = folder / f"{name}.bin", meta["splits"][name]
             size, n_tokens = path.stat().st_size, about["tokens"]
-            if size != (size // dtype.itemsize if n_tokens is None else n_tokens) * dtype.itemsize:
+            if n_tokens is None:  # nanoGPT's bins do not say
+                n_tokens = size // dtype.itemsize
+            if size != n_tokens * dtype.itemsize:
                 raise UserError(f"{path} has {size} bytes, not {n_tokens} {dtype} tokens; {again}")
             tokens = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
             splits[name] = Split(path, tokens, vocab_size, about["bytes"])

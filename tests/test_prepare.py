@@ -123,3 +123,16 @@ def test_gpt2_tokens_are_gpt2s():
     assert tok.encode("Hello world").tolist() == [15496, 995]
     assert len(tok.encode("<|endoftext|>")) > 1, "text cannot forge the end of a document"
     assert tok.decode([tok.end_of_text]) == "<|endoftext|>"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_sigterm_leaves_nothing(tmp_path):
+    source = tmp_path / "source.txt"
+    source.write_text("To be, or not to be. " * 2_000_000)
+    command = [sys.executable, str(ROOT / "prepare.py"), "--name=mine", f"--input={source}"]
+    run = subprocess.Popen([*command, f"--data_dir={tmp_path}/data"], stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("data/.mine.*.partial")):
+        assert run.poll() is None, run.stderr.read()
+    run.terminate()
+    assert run.wait(timeout=60) == 143
+    assert list((tmp_path / "data").iterdir()) == []

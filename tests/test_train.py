@@ -116,6 +116,28 @@ def test_samples_on_the_way(train, capsys):
     assert out.count("--- sample at iteration 20\nThe") == 1, "once, though it is the end too"
 
 
+def test_the_prompt_of_samples_takes_escapes(train, capsys):
+    assert train("--max_iters=1", r"--sample_prompt=The\nThe") == 0
+    assert "--- sample at iteration 1\nThe\nThe" in capsys.readouterr().out
+
+
+def test_an_odd_scaler_state_is_refused(train, monkeypatch, capsys):
+    """As a file that was made to be hostile may have it."""
+    import train as script
+
+    assert train("--max_iters=1", "--num_samples=0") == 0
+    tensors, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    checkpoint.save(Path("run/ckpt.safetensors"), tensors, {**meta, "scaler": {"scale": 1}})
+    choose_machine = script.choose_machine
+    monkeypatch.setattr(
+        script,
+        "choose_machine",
+        lambda cfg, threads: script.replace(choose_machine(cfg, threads), dtype="float16"),
+    )
+    assert script.main(["--init_from=resume", "--out_dir=run", "--max_iters=2"]) == 2
+    assert "the scaler's state cannot be used" in capsys.readouterr().err
+
+
 def test_an_older_run_is_moved_aside(train, capsys):
     assert train("--seed=1") == 0 and train("--seed=2") == 0
     assert "moved the older run to run.1" in capsys.readouterr().out
