@@ -27,9 +27,10 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import torch
 from torch import Tensor
 
@@ -214,6 +215,42 @@ def _view(data: Tensor, about: dict) -> Tensor:
 
 
 # ---- a run's folder -----------------------------------------------------------------------------
+
+
+@contextmanager
+def lock(out_dir: Path) -> Iterator[None]:
+    """Hold a run's folder for this process alone."""
+    if not out_dir.is_dir():
+        raise UserError(f"no run in {out_dir}: no such folder")
+    held = filelock.FileLock(out_dir / ".lock", timeout=0)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise UserError(f"a run is going on in {out_dir}; choose another --out_dir") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def new_folder(out_dir: Path) -> Iterator[None]:
+    """Hold a folder for a new run; an older run in it is moved aside first."""
+    if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
+        raise UserError(f"--out_dir={out_dir} cannot be a run's folder")
+    there = out_dir.iterdir() if out_dir.exists() else ()
+    files = {path.name for path in there if path.suffix != ".partial"}
+    if files - {".lock"} and not files & {"metrics.csv", RECORD}:
+        raise UserError(f"--out_dir={out_dir} holds something that is no run; choose another")
+    if files:
+        with lock(out_dir):
+            bins.move_aside(out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=not files)
+    except FileExistsError:
+        raise UserError(f"a run has just begun in {out_dir}; choose another --out_dir") from None
+    with lock(out_dir):
+        yield
 
 
 def save_run(

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.csv, a progress bar or plain lines, loss.png.
+"""What a run tells while it goes on: metrics.csv, a progress bar or plain lines, loss.png, times.
 
 On request TensorBoard and Weights & Biases get the same numbers under the same names.
 
@@ -18,6 +18,7 @@ import importlib.util
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -188,6 +189,34 @@ def require(board: type) -> None:
         raise UserError(
             f"--{board.package} needs the package {board.package}: pip install {board.package}"
         )
+
+
+class Clock:
+    """Keeps a run's two times; that of training stands still between stop() and start().
+
+    `progress` holds them: its train_seconds and wall_seconds, which a resumed run goes on from.
+    """
+
+    def __init__(self, progress, device: str):
+        self._progress, self._device, self._since = progress, device, None
+        self._wall_start = time.perf_counter() - progress.wall_seconds
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._device != "cpu":
+            torch.accelerator.synchronize(self._device)
+        self.read()
+        self._since = None
+
+    def read(self) -> None:
+        """Bring train_seconds and wall_seconds up to now."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._progress.train_seconds += now - self._since
+            self._since = now
+        self._progress.wall_seconds = now - self._wall_start
 
 
 def say(words: str) -> None:

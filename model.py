@@ -269,6 +269,21 @@ class Undrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:
+    """A GPT's tensors with positions cropped to block_size and the vocabulary padded to vocab_size.
+
+    Ids that are new get the mean embedding, and with it a middling logit: far below the likely
+    ones. (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models")
+    """
+    fitted = dict(tensors)
+    if (wpe := tensors.get("model.wpe.weight")) is not None:
+        wte = tensors["model.wte.weight"]
+        padding = wte.mean(0, keepdim=True).expand(max(0, cfg.vocab_size - len(wte)), -1)
+        fitted["model.wpe.weight"] = wpe[: cfg.block_size]
+        fitted["model.wte.weight"] = torch.cat((wte, padding)) if len(padding) else wte
+    return fitted
+
+
 # ---- GPT-2 as transformers stores it ------------------------------------------------------------
 
 # Names are the same on both sides, after "transformer." there; the matrices of a block are stored

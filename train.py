@@ -21,15 +21,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,7 +36,7 @@ import metrics
 from config import UserError
 from data import bins, tokenizer
 from data.tokenizer import Tokenizer
-from model import MODELS, GPTConfig, LanguageModel, Undrawn
+from model import MODELS, GPTConfig, LanguageModel, Undrawn, fit
 from sample import SampleConfig, complete, find_device, load_pretrained, start_ids, unescape
 
 ROOT = Path(__file__).parent
@@ -163,31 +159,6 @@ class Progress:
     wall_seconds: Annotated[float, "[0, inf)"] = 0.0  # with them
 
 
-class Clock:
-    """Keeps a run's two times; that of training stands still between stop() and start()."""
-
-    def __init__(self, progress: Progress, device: str):
-        self._progress, self._device, self._since = progress, device, None
-        self._wall_start = time.perf_counter() - progress.wall_seconds
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._device != "cpu":
-            torch.accelerator.synchronize(self._device)
-        self.read()
-        self._since = None
-
-    def read(self) -> None:
-        """Bring train_seconds and wall_seconds up to now."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._progress.train_seconds += now - self._since
-            self._since = now
-        self._progress.wall_seconds = now - self._wall_start
-
-
 @dataclass
 class Run:
     """What training works on; the functions below change it in place."""
@@ -201,7 +172,7 @@ class Run:
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
     diverged: Tensor  # float32 (4,): flag, iter_num, loss, grad_norm of the first bad update
     progress: Progress
-    clock: Clock
+    clock: metrics.Clock
     stop: "StopSignals"
 
 
@@ -217,7 +188,7 @@ def main(argv: list[str]) -> int:
     given = config.read(TrainConfig, argv, instead=NANOGPT)
     if given.get("init_from") == "resume" and not given.get("eval_only"):
         given["out_dir"] = str(resumed_folder(given))
-        with lock(Path(given["out_dir"])):
+        with checkpoint.lock(Path(given["out_dir"])):
             return start(given)
     quick_start = False
     if given.get("init_from", "scratch") == "scratch" and not any(w.endswith(".py") for w in argv):
@@ -252,7 +223,7 @@ def start(given: dict, quick_start: bool = False) -> int:
     check_disk(run)
     if cfg.init_from == "resume":
         return resume(run, path)
-    with new_folder(Path(cfg.out_dir)):
+    with checkpoint.new_folder(Path(cfg.out_dir)):
         checkpoint.write_record(Path(cfg.out_dir), run.run_id, asdict(cfg))
         return train(run)
 
@@ -413,7 +384,7 @@ def make_run(
         scaler=torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.dtype == "float16"),
         diverged=torch.zeros(4, device=cfg.device),
         progress=progress,
-        clock=Clock(progress, cfg.device),
+        clock=metrics.Clock(progress, cfg.device),
         stop=StopSignals(),
     )
     if resuming:
@@ -425,21 +396,6 @@ def make_run(
             raise UserError(f"{path}: the scaler's state cannot be used: {error}") from None
     start_ids(run.tok, unescape(cfg.sample_prompt), cfg.seed)  # an unknown character is said now
     return run
-
-
-def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:
-    """A GPT's tensors with positions cropped to block_size and the vocabulary padded to vocab_size.
-
-    Ids that are new get the mean embedding, and with it a middling logit: far below the likely
-    ones. (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models")
-    """
-    fitted = dict(tensors)
-    if (wpe := tensors.get("model.wpe.weight")) is not None:
-        wte = tensors["model.wte.weight"]
-        padding = wte.mean(0, keepdim=True).expand(max(0, cfg.vocab_size - len(wte)), -1)
-        fitted["model.wpe.weight"] = wpe[: cfg.block_size]
-        fitted["model.wte.weight"] = torch.cat((wte, padding)) if len(padding) else wte
-    return fitted
 
 
 def model_config(cfg: TrainConfig) -> dict:
@@ -489,42 +445,6 @@ def check_disk(run: Run) -> None:
             f"{needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free; "
             "choose another disk, or set keep_snapshots"
         )
-
-
-@contextmanager
-def lock(out_dir: Path) -> Iterator[None]:
-    """Hold a run's folder for this process alone."""
-    if not out_dir.is_dir():
-        raise UserError(f"no run in {out_dir}: no such folder")
-    held = filelock.FileLock(out_dir / ".lock", timeout=0)
-    try:
-        held.acquire()
-    except filelock.Timeout:
-        raise UserError(f"a run is going on in {out_dir}; choose another --out_dir") from None
-    try:
-        yield
-    finally:
-        held.release()
-
-
-@contextmanager
-def new_folder(out_dir: Path) -> Iterator[None]:
-    """Hold a folder for a new run; an older run in it is moved aside first."""
-    if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
-        raise UserError(f"--out_dir={out_dir} cannot be a run's folder")
-    there = out_dir.iterdir() if out_dir.exists() else ()
-    files = {path.name for path in there if path.suffix != ".partial"}
-    if files - {".lock"} and not files & {"metrics.csv", checkpoint.RECORD}:
-        raise UserError(f"--out_dir={out_dir} holds something that is no run; choose another")
-    if files:
-        with lock(out_dir):
-            bins.move_aside(out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=not files)
-    except FileExistsError:
-        raise UserError(f"a run has just begun in {out_dir}; choose another --out_dir") from None
-    with lock(out_dir):
-        yield
 
 
 # ---- an update ----------------------------------------------------------------------------------
@@ -805,7 +725,7 @@ def warm_up(run: Run) -> float:
         ) from None
     while not trials or (len(trials) < WARM_UPS and sum(trials) < WARM_UP_SECONDS):
         trial = Progress()
-        clock = Clock(trial, cfg.device)
+        clock = metrics.Clock(trial, cfg.device)
         clock.start()
         forward_backward(run, 0, cfg.micro_batch_size)
         clock.stop()
