@@ -198,10 +198,8 @@ def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer
     if kind not in tokenizer.KINDS:
         return tokenizer.load(tokenizer.stored_in(Path(kind)))
     if kind == "char":
-        pieces = (tokenizer.normalized(text, form) for _, _, text in texts)
-        if texts.n_documents > 1:
-            pieces = itertools.chain(pieces, "\n")  # it will stand between them
-        tok = tokenizer.CharTokenizer.train(pieces)
+        separated = ("\n" * follows + text for _, follows, text in texts)
+        tok = tokenizer.CharTokenizer.train(tokenizer.normalized(t, form) for t in separated)
     elif kind == "bpe":
         pieces = (tokenizer.normalized(text, form) for split, _, text in texts if split == "train")
         tok = tokenizer.BytePairTokenizer.train(pieces, options.vocab_size)

@@ -176,6 +176,8 @@ def test_of_many_documents_whole_ones_validate_and_stay_where_they_are(folder):
 def test_a_text_of_ones_own_to_validate_on(folder):
     _, train, val = build("--input", "book.txt", "old.txt.gz", "--val_input", "notes/b.md")
     assert train == "the book\r\n\nold" and val == "b in notes"
+    _, train, val = build("--input", "old.txt.gz", "--val_input", "notes/b.md", "old.txt.gz")
+    assert train == "old" and val == "b in notes\nold"
 
 
 @needs_gpt2_vocabulary
