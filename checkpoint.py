@@ -242,6 +242,8 @@ def new_folder(out_dir: Path) -> Iterator[None]:
     files = {path.name for path in there if path.suffix != ".partial"}
     if files - {".lock"} and not files & {"metrics.csv", RECORD}:
         raise UserError(f"--out_dir={out_dir} holds something that is no run; choose another")
+    if out_dir.is_symlink():
+        out_dir = out_dir.resolve()  # the link stays
     if files:
         with lock(out_dir):
             bins.move_aside(out_dir)
@@ -325,18 +327,12 @@ def load_run(out_dir: Path) -> tuple[Path, dict[str, Tensor], dict]:
     Where ckpt.safetensors is damaged, or another run's, the newest of the others that is neither
     takes its place, and that is said; UserError where there is none.
     """
-    try:
-        run_id = json.loads((out_dir / RECORD).read_text("utf-8"))["run_id"]
-    except (OSError, ValueError, LookupError, TypeError):
-        run_id = None  # a folder that only a checkpoint was copied to
     others = [path for path in (out_dir / BEST, *snapshots(out_dir)) if path.is_file()]
     others.sort(key=_claimed_iter_num, reverse=True)
     reasons = []
     for path in (out_dir / LATEST, *others):
         try:
-            tensors, meta = load(path)
-            if run_id not in (None, meta["run_id"]):
-                raise UserError(f"{path} is another run's: {meta['run_id']!r}, not {run_id!r}")
+            tensors, meta = load_of_run(out_dir, path)
         except UserError as error:
             reasons.append(str(error))
             continue
@@ -345,6 +341,18 @@ def load_run(out_dir: Path) -> tuple[Path, dict[str, Tensor], dict]:
         return path, tensors, meta
     more = f"; nor is any of {len(others)} others" if others else ""
     raise UserError(reasons[0] + more)
+
+
+def load_of_run(out_dir: Path, path: Path) -> tuple[dict[str, Tensor], dict]:
+    """As load(); UserError too where run.json says that the folder is another run's."""
+    tensors, meta = load(path)
+    try:
+        run_id = json.loads((out_dir / RECORD).read_text("utf-8"))["run_id"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        run_id = None  # a folder that only a checkpoint was copied to
+    if run_id not in (None, meta["run_id"]):
+        raise UserError(f"{path} is another run's: {meta['run_id']!r}, not {run_id!r}")
+    return tensors, meta
 
 
 def _claimed_iter_num(path: Path) -> int:
@@ -363,23 +371,25 @@ def iter_num_of(meta: dict) -> int | None:
 
 
 def go_back(out_dir: Path, path: Path, iter_num: int) -> None:
-    """Make `path`, the state at `iter_num`, the latest; files from beyond are moved, not lost."""
+    """Make `path`, the state at `iter_num`, the latest; what it replaces, and files from beyond,
+    are moved, not lost."""
+    latest = out_dir / LATEST
     beyond = [p for p in snapshots(out_dir) if _number(p) > iter_num]
     if _claimed_iter_num(out_dir / BEST) > iter_num:
         beyond.append(out_dir / BEST)
-    keep_latest = _claimed_iter_num(out_dir / LATEST) > iter_num
+    keep_latest = path != latest and latest.exists() and not path.samefile(latest)
     if beyond or keep_latest:
         folder = bins.free_name(out_dir / f"beyond_{iter_num:06d}")
         os.mkdir(folder)
         if keep_latest:
-            _link(out_dir, out_dir / LATEST, folder / LATEST)
+            _link(out_dir, latest, folder / LATEST)
         for p in beyond:
             os.replace(p, folder / p.name)
         if (log := out_dir / "metrics.csv").exists():
             _write_file(folder / log.name, _read_blocks(log), out_dir / PARTIAL)
         print(f"moved what lies beyond iteration {iter_num:,} to {folder}")
-    if path != out_dir / LATEST:
-        _link(out_dir, path, out_dir / LATEST)
+    if path != latest:
+        _link(out_dir, path, latest)
 
 
 @torch.no_grad()

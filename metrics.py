@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ COLUMNS = (
     "iter_num,tokens,lr,loss,grad_norm,train_loss,val_loss,val_bits_per_byte,"
     "tokens_per_second,mfu,train_seconds,wall_seconds"
 ).split(",")
+NUMBER = re.compile(r"-?[0-9.]+(e[+-]?[0-9]+)?|nan|-?inf")
 PEAK_FLOPS = {  # dense, in half precision, from the vendors' data sheets; first match counts
     "B200": 2250e12,
     "H200": 989e12,
@@ -229,9 +231,14 @@ def read(path: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv; lines that a kill cut short, or that are none, are left out."""
     if not path.exists():
         return []
+    rows = []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        rows = csv.DictReader(file)
-        return [r for r in rows if r.get("wall_seconds") and r.get("iter_num", "").isdecimal()]
+        for line in file:
+            row = dict(zip(COLUMNS, values := line.rstrip("\n").split(","), strict=False))
+            whole = len(values) == len(COLUMNS) and row["iter_num"].isdecimal() and values[-1]
+            if whole and all(not v or NUMBER.fullmatch(v) for v in values):
+                rows.append(row)
+    return rows
 
 
 def draw_losses(out_dir: Path, baseline: float) -> None:
@@ -250,12 +257,14 @@ def draw_losses(out_dir: Path, baseline: float) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), markersize=4, **style)
     axes.axhline(baseline, color="0.3", linestyle="--", linewidth=1, label="bigram, from counts")
-    axes.set_title(out_dir.name)
+    axes.set_title(out_dir.name.encode(errors="replace").decode(), parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     partial = out_dir / "loss.png.partial"
     with _naming(out_dir / "loss.png"):
-        figure.savefig(partial, dpi=120, format="png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a letter of the title has no glyph
+            figure.savefig(partial, dpi=120, format="png")
     os.replace(partial, out_dir / "loss.png")
 
 

@@ -218,7 +218,8 @@ def start(given: dict, quick_start: bool = False) -> int:
     describe(run)
     if cfg.eval_only:
         words = evaluate_both(run)
-        print(f"{path or 'untrained'}: {words}, perplexity {math.exp(run.progress.val_loss):.2f}")
+        perplexity = math.exp(min(run.progress.val_loss, 700))  # beyond, it is as good as infinite
+        print(f"{path or 'untrained'}: {words}, perplexity {perplexity:.4g}")
         return 0
     check_disk(run)
     if cfg.init_from == "resume":
@@ -268,7 +269,11 @@ def resumed_folder(given: dict) -> Path:
         return Path(given.get("out_dir") or checkpoint.newest_run(Path("out")))
     path = Path(given["checkpoint"])
     folder = path.parent.parent if path.parent.name == checkpoint.SNAPSHOTS else path.parent
-    if Path(given.get("out_dir", folder)) != folder:
+    if not path.is_file():
+        raise UserError(f"cannot open checkpoint {path}: no such file")
+    if not (folder / checkpoint.RECORD).is_file():
+        raise UserError(f"{path} lies in no run's folder; to begin from it: --init_from={path}")
+    if Path(given.get("out_dir", folder)).resolve() != folder.resolve():
         raise UserError(f"{path} belongs to the run in {folder}, not to {given['out_dir']}")
     return folder
 
@@ -283,6 +288,7 @@ def starting_point(given: dict) -> tuple[Path, dict[str, Tensor], dict]:
         path = checkpoint.find(given["init_from"], (checkpoint.BEST, checkpoint.LATEST))
     elif "checkpoint" in given:
         path = Path(given["checkpoint"])
+        return path, *checkpoint.load_of_run(resumed_folder(given), path)
     else:
         return checkpoint.load_run(resumed_folder(given))
     return path, *checkpoint.load(path)
@@ -299,6 +305,11 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
     if resuming:
         saved |= meta["run_config"]
         fixed += ["dataset", "seed"]
+        if "batch_size" in given:  # what was held at a time need not divide it
+            saved["micro_batch_size"] = 0
+    elif "dataset" not in given:
+        before = meta.get("run_config", {})
+        saved |= {k: before[k] for k in ("dataset", "data_dir") if k in before}
     for name in fixed:
         if name not in given or given[name] == saved[name]:
             continue

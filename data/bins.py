@@ -169,7 +169,9 @@ def load(folder: Path) -> Dataset:
         raise UserError(f"{error.filename} is missing; {again}") from None
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
+    ) as error:
         kind = type(error).__name__
         raise UserError(f"{folder}/meta.json cannot be read ({kind}: {error}); {again}") from None
 
@@ -220,12 +222,14 @@ class Writer:
             raise UserError(
                 f"{folder} is there and is no data set of prepare.py's; choose another name"
             )
-        self.folder, self.vocab_size = folder, vocab_size
+        self.folder = folder.resolve() if folder.is_symlink() else folder  # a link stays
+        self.vocab_size = vocab_size
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.n_tokens = dict.fromkeys(SPLITS, 0)
 
     def __enter__(self) -> "Writer":
         self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a process that was killed
         self._partial.mkdir(parents=True)
         self._files = {name: open(self._partial / f"{name}.bin", "xb") for name in SPLITS}
         self._digests = {name: hashlib.sha256() for name in SPLITS}

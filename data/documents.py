@@ -14,8 +14,10 @@ import os
 import re
 import sys
 import sysconfig
+import unicodedata
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import urlsplit
@@ -82,7 +84,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         for path, named in self.files:
-            if path == Path("pydocs"):
+            if path is None:
                 yield Document(_language_reference(), "pydocs")
             else:
                 yield from self._read(path, named)
@@ -92,11 +94,12 @@ class Corpus:
             with _open(path) as file:
                 if b"\0" in file.read(SNIFFED):
                     if named:
-                        raise UserError(f"{path} is not text: it holds zero bytes")
+                        hint = " (UTF-16? iconv -f utf-16 -t utf-8 makes it UTF-8)"
+                        raise UserError(f"{path} is not text: it holds zero bytes{hint}")
                     self.skipped.add(path)
                     return
                 file.seek(0)
-                if Path(path.name.removesuffix(".gz")).suffix in JSON_LINES:
+                if Path(path.name.lower().removesuffix(".gz")).suffix in JSON_LINES:
                     yield from self._read_lines(path, file)
                 elif data := file.read().removeprefix(codecs.BOM_UTF8):
                     yield Document(data, str(path))
@@ -130,13 +133,15 @@ class Corpus:
                 yield Document(data, source)
 
 
-def _find(word: str, downloads: Path) -> list[tuple[Path, bool]]:
-    """The files that an input means, each with whether it was named itself."""
+def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
+    """The files that an input means, each with whether it was named itself; None for pydocs."""
+    if not word:
+        raise UserError("--input= is empty: name a file, a folder, a glob or an address")
     if word == "pydocs":
-        return [(Path(word), True)]
+        return [(None, True)]
     if word == "pystdlib":
         return [(path, False) for path in _standard_library()]
-    if word.startswith(("http://", "https://")):
+    if word.lower().startswith(("http://", "https://")):
         return [(_download(word, downloads), True)]
     path = Path(word)
     if path.is_dir():
@@ -146,7 +151,7 @@ def _find(word: str, downloads: Path) -> list[tuple[Path, bool]]:
     elif path.exists():
         raise UserError(f"--input={word} is a device, not a text")
     elif glob.has_magic(word):
-        files = sorted(p for p in map(Path, glob.glob(word, recursive=True)) if p.is_file())
+        files = sorted(p for p in _expand(path) if p.is_file())
     else:
         raise UserError(f"--input={word}: no such file or folder")
     if not files:
@@ -154,9 +159,23 @@ def _find(word: str, downloads: Path) -> list[tuple[Path, bool]]:
     return [(path, False) for path in files]
 
 
+def _expand(pattern: Path) -> Iterator[Path]:
+    """What a glob matches; ** goes into no linked folder, and hidden names must be asked for."""
+    root = Path(pattern.anchor)
+    hidden = any(part.startswith(".") and part.strip(".") for part in pattern.parts)
+    for path in root.glob(str(pattern.relative_to(root))):
+        parts = path.relative_to(root).parts
+        if hidden or not any(part.startswith(".") and part.strip(".") for part in parts):
+            yield path
+
+
 def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, but for hidden ones."""
-    for parent, folders, names in os.walk(folder):
+    """The files below a folder, but for hidden ones; OSError where a folder cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(parent, name)
@@ -182,11 +201,16 @@ def _language_reference() -> bytes:
 
 
 def _describe(word: str) -> str:
-    return f"{word} of Python {sys.version.split()[0]}" if word in PYTHONS_OWN else word
+    if word in PYTHONS_OWN:
+        return f"{word} of Python {sys.version.split()[0]}"
+    return word.encode(errors="backslashreplace").decode()
 
 
 def _download(url: str, downloads: Path) -> Path:
-    name = Path(urlsplit(url).path).name or "index"
+    try:
+        name = Path(urlsplit(url).path).name or "index"
+    except ValueError as error:
+        raise UserError(f"--input={url} is no address: {error}") from None
     path = downloads / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if path.exists():
         print(f"{url} was downloaded before; to fetch it again delete {path}")
@@ -194,6 +218,8 @@ def _download(url: str, downloads: Path) -> Path:
     try:
         return fetch(url, path, **KNOWN.get(url, {}))
     except UserError as error:
+        with suppress(OSError):
+            path.parent.rmdir()  # where nothing of it has arrived
         raise UserError(
             f"{error}; with the file at hand name it: --input=FILE; "
             "without any download: python prepare.py pydocs"
@@ -201,19 +227,28 @@ def _download(url: str, downloads: Path) -> Path:
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def _character_start(data: bytes, place: int) -> int:
-    while 0 < place < len(data) and data[place] & 0xC0 == 0x80:
-        place -= 1
+    """`place`, or before it where the character there, with its combining marks, begins."""
+    for earlier in range(place, max(-1, place - 64), -1):
+        if 0 < earlier < len(data):
+            character = data[earlier : earlier + 4].decode(errors="ignore")[:1]
+            inside = data[earlier] & 0xC0 == 0x80
+            if inside or (character and unicodedata.combining(character)):
+                continue
+        return earlier
     return place
 
 
 def _piece_end(data: bytes, start: int) -> int:
-    end = _character_start(data, start + PIECE)
-    if end >= len(data):
+    if start + PIECE >= len(data):
         return len(data)
+    if (end := _character_start(data, start + PIECE)) <= start:  # nothing but combining marks
+        end = start + PIECE
+        while data[end] & 0xC0 == 0x80:
+            end -= 1
     tail = data[max(start, end - TAIL) : end].decode(errors="surrogateescape")
     if breaks := [match.start() for match in re.finditer(r"(?<=\S)[ \n]", tail)]:
         return end - len(tail[breaks[-1] :].encode(errors="surrogateescape"))

@@ -34,7 +34,9 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
             time.sleep(attempt)
         try:
             _download(url, part)
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             reason = _in_short(error)
             if isinstance(error, requests.HTTPError) and error.response.status_code < 500:
                 break
@@ -67,7 +69,8 @@ def _download(url: str, part: Path) -> None:
         if kind.startswith("text/html") and not urlsplit(url).path.endswith((".html", ".htm")):
             raise UserError(f"{url} answers with a web page (HTML), not with a text")
         resumed = response.status_code == 206
-        total = int(response.headers.get("Content-Length", 0)) + have * resumed
+        length = response.headers.get("Content-Length", "")
+        total = int(length) + have * resumed if length.isdecimal() else 0
         with (
             open(part, "ab" if resumed else "wb") as file,
             tqdm(

@@ -254,7 +254,7 @@ def stored_in(path: Path) -> dict:
             if path.is_dir() and (path / name).is_file():
                 path = path / name
         return _checkpoint_meta(path)["tokenizer"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(
             f"--tokenizer={path} is none of {', '.join(KINDS)}, and no data set, run or checkpoint "

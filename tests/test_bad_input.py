@@ -31,6 +31,9 @@ def folder(tmp_path, monkeypatch, data_dir):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "one.txt").write_text("x")
     (tmp_path / "é.txt").write_text("café " * 100)
+    (tmp_path / "utf16.txt").write_text(TEXT, "utf-16")
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "nested/meta.json").write_text("[" * 100_000)
     for name in ("bare", "binary", "mixed"):
         (tmp_path / name).mkdir()
     (tmp_path / "binary/a").write_bytes(b"PNG\0\1\2")
@@ -167,6 +170,11 @@ CASES = (
         (prepare.main, "--name=x --input=good.txt --tokenizer=text.safetensors", "no data set, run or checkp"),
         (prepare.main, "--name=x --input=good.txt --tokenizer=bare", "and no data set, run or checkpoint"),
         (prepare.main, "--name=x --input=é.txt --tokenizer=RUN", "the vocabulary has no 'é'"),
+        (prepare.main, "--name=x --input=", "--input= is empty: name a file"),
+        (prepare.main, "--name=x --input=http://[::1/a", "is no address"),
+        (prepare.main, "--name=x --input=utf16.txt", "UTF-16? iconv -f utf-16"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=nested", "no data set, run or checkpoint"),
+        (training.main, "--dataset=nested --data_dir=.", "nested/meta.json cannot be read"),
         (prepare.main, "--name=x --input=good.txt --val_input=bare", "--input=bare: no files there"),
         (prepare.main, "--name=x --input=empty.txt", "empty.txt is empty"),
         (prepare.main, "--name=x --input=one.txt", "of 1 bytes of text none are left for train"),

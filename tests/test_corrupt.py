@@ -108,6 +108,64 @@ def test_another_runs_file_is_not_taken_for_this_runs(run, train, resume, capsys
     assert "run/ckpt.safetensors is another run's" in out and "iteration 30" in out
 
 
+def test_nothing_that_is_replaced_is_lost(run, train, resume):
+    """Another run's checkpoint that was moved into the folder is whole somewhere afterwards."""
+    assert train("--out_dir=other", "--max_iters=7", "--num_samples=0") == 0
+    other = Path("other/ckpt.safetensors").read_bytes()
+    LATEST.unlink()
+    shutil.copy("other/ckpt.safetensors", LATEST)
+    assert resume() == 0
+    assert other in [path.read_bytes() for path in Path("run").rglob("*.safetensors")]
+
+
+def test_a_checkpoint_of_no_run_and_of_another_run(run, train, capsys):
+    import train as script
+
+    Path("keep").mkdir()
+    shutil.copy(LATEST, "keep/x.safetensors")
+    Path("keep/metrics.csv").write_text("date,price")
+    assert train("--out_dir=other", "--max_iters=7", "--num_samples=0") == 0
+    shutil.copy("other/ckpt.safetensors", "run/foreign.safetensors")
+    before = LATEST.read_bytes()
+    for path, says in (
+        ("keep/x.safetensors", "lies in no run's folder; to begin from it: --init_from=keep/x.saf"),
+        ("run/foreign.safetensors", "run/foreign.safetensors is another run's"),
+        ("keep", "cannot open checkpoint keep: no such file"),
+    ):
+        capsys.readouterr()
+        assert script.main(["--init_from=resume", f"--checkpoint={path}"]) == 2
+        assert says in capsys.readouterr().err
+    assert Path("keep/metrics.csv").read_text() == "date,price" and LATEST.read_bytes() == before
+    snapshot = Path("run/snapshots/iter_000010.safetensors").absolute()
+    argv = ["--init_from=resume", f"--checkpoint={snapshot}", "--out_dir=run", "--max_iters=12"]
+    assert script.main(argv) == 0
+
+
+def test_a_damaged_metrics_csv_ends_no_run(run, resume):
+    path = Path("run/metrics.csv")
+    lines = path.read_text().splitlines(keepends=True)
+    odd = ["3,abc,xyz,zzz,,,,,,,,1.0\n", '5,"' + "x" * 200_000 + "\n", "\0\0\0\n"]
+    path.write_text("".join([*lines, *odd]))
+    assert resume("--max_iters=32") == 0
+    assert "".join(lines) in path.read_text() and "zzz" not in path.read_text()
+
+
+def test_a_linked_folder_stays_a_link(train):
+    Path("disk").mkdir()
+    Path("link").symlink_to("disk", target_is_directory=True)
+    for _ in range(2):
+        assert train("--out_dir=link", "--max_iters=1", "--num_samples=0") == 0
+    assert Path("link").is_symlink() and Path("disk.1/ckpt.safetensors").exists()
+    assert Path("disk/ckpt.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["$\\foo$", "床前"])
+def test_any_name_can_stand_on_the_picture(train, name, recwarn):
+    assert train(f"--out_dir={name}", "--max_iters=1", "--num_samples=0") == 0
+    assert Path(name, "loss.png").exists()
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
 def test_retention_never_deletes_the_newest_whole_one(train, resume):
     argv = ("--snapshot_interval=5", "--keep_snapshots=1", "--num_samples=0")
     assert train(*argv, "--max_iters=10") == 0

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import sysconfig
@@ -102,6 +103,34 @@ def test_addresses(folder, capsys):
         assert prepare.main(["--name=page", f"--input={url}/page"]) == 2
         assert "answers with a web page" in capsys.readouterr().err
         httpd.shutdown()
+
+
+def test_a_file_that_is_named_as_pythons_own_text_is(folder):
+    Path("pydocs").write_text("my own")
+    assert read("./pydocs") == read("pydoc[s]") == ["my own"]
+    assert len(read("pydocs")[0]) > 100_000
+
+
+def test_linked_folders_are_not_walked_in_circles(folder):
+    Path("notes/a/up").symlink_to("..", target_is_directory=True)
+    Path("notes/a/top").symlink_to("../..", target_is_directory=True)
+    notes = ["z in notes/a", "b in notes", "marked"]
+    assert read("notes") == notes and read("notes/**/*.md") == notes[:2]
+    assert read(str(Path("notes/**/*.md").absolute())) == notes[:2]
+    assert read("notes/.git/*") == ["hidden too"]
+
+
+def test_normalization_sees_no_seam(folder):
+    Path("nfd.txt").write_text("e\u0301" * 400_000)
+    dataset, train, val = build("--input=nfd.txt", "--normalize=NFC")
+    assert dataset.vocab_size == 1 and train + val == "\u00e9" * 400_000
+
+
+def test_a_file_name_that_is_no_unicode(folder):
+    name = os.fsdecode(b"b\xff.txt")
+    Path(name).write_text("odd name " * 20)
+    _, train, _ = build(f"--input={name}")
+    assert train.startswith("odd name")
 
 
 # ---- pieces -------------------------------------------------------------------------------------
