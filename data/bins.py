@@ -230,9 +230,13 @@ class Writer:
     def __enter__(self) -> "Writer":
         self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
         shutil.rmtree(self._partial, ignore_errors=True)  # of a process that was killed
-        self._partial.mkdir(parents=True)
-        self._files = {name: open(self._partial / f"{name}.bin", "xb") for name in SPLITS}
-        self._digests = {name: hashlib.sha256() for name in SPLITS}
+        try:
+            self._partial.mkdir(parents=True)
+            self._files = {name: open(self._partial / f"{name}.bin", "xb") for name in SPLITS}
+            self._digests = {name: hashlib.sha256() for name in SPLITS}
+        except BaseException:  # a signal in here would not lead to __exit__
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise
         return self
 
     def add(self, split: str, ids: np.ndarray) -> None:

@@ -146,6 +146,21 @@ def test_an_older_run_is_moved_aside(train, capsys):
         assert meta["run_config"]["seed"] == seed
 
 
+def test_a_folder_that_cannot_be_moved_is_left_alone(train, monkeypatch, capsys):
+    assert train("--max_iters=1", "--num_samples=0") == 0
+    before = Path("run/ckpt.safetensors").read_bytes()
+
+    def busy(self, target):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    assert train("--max_iters=2") == 2
+    assert (
+        "the older run cannot be moved aside (Device or resource busy)" in capsys.readouterr().err
+    )
+    assert Path("run/ckpt.safetensors").read_bytes() == before
+
+
 def test_a_live_run_is_left_alone(train, resume, capsys):
     assert train() == 0
     before = Path("run/metrics.csv").read_bytes()
