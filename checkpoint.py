@@ -32,6 +32,7 @@ from pathlib import Path
 
 import filelock
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import config
@@ -337,7 +338,8 @@ def load_run(out_dir: Path) -> tuple[Path, dict[str, Tensor], dict]:
             reasons.append(str(error))
             continue
         if reasons:
-            print(f"{reasons[0]}; going on from {path}, iteration {iter_num_of(meta)}")
+            iter_num = meta["progress"].get("iter_num")
+            print(f"{reasons[0]}; going on from {path}, iteration {iter_num}")
         return path, tensors, meta
     more = f"; nor is any of {len(others)} others" if others else ""
     raise UserError(reasons[0] + more)
@@ -358,16 +360,10 @@ def load_of_run(out_dir: Path, path: Path) -> tuple[dict[str, Tensor], dict]:
 def _claimed_iter_num(path: Path) -> int:
     """The iteration in a header, which has yet to be verified; -1 where there is none."""
     try:
-        with open(path, "rb") as file:
-            length = min(struct.unpack("<Q", file.read(8))[0], path.stat().st_size)
-            header = json.loads(file.read(length))
-        return int(json.loads(header["__metadata__"]["folio"])["progress"]["iter_num"])
-    except (OSError, ValueError, LookupError, TypeError, struct.error, RecursionError):
+        with safe_open(path, "numpy") as file:
+            return int(json.loads(file.metadata()["folio"])["progress"]["iter_num"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError):
         return -1
-
-
-def iter_num_of(meta: dict) -> int | None:
-    return meta["progress"].get("iter_num")
 
 
 def go_back(out_dir: Path, path: Path, iter_num: int) -> None:

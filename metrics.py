@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.csv, a progress bar or plain lines, loss.png, times.
+"""What a run tells while it goes on: metrics.csv, a progress bar or plain lines, loss.png.
 
 On request TensorBoard and Weights & Biases get the same numbers under the same names.
 
@@ -18,7 +18,6 @@ import importlib.util
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -127,8 +126,6 @@ def _naming(path: Path) -> Iterator[None]:
 class TensorBoard:
     """Event files in out/<run>/tensorboard, for `tensorboard --logdir out`."""
 
-    package = "tensorboard"
-
     def __init__(self, out_dir: Path, iter_num: int, options: dict):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -152,8 +149,6 @@ class TensorBoard:
 
 class WandB:
     """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
-
-    package = "wandb"
 
     def __init__(self, out_dir: Path, project: str, name: str, run_id: str, options: dict):
         import wandb
@@ -185,40 +180,10 @@ class WandB:
         self._run.finish()
 
 
-def require(board: type) -> None:
+def require(package: str) -> None:
     """Refuse, before anything is done, a board whose package is not installed."""
-    if importlib.util.find_spec(board.package) is None:
-        raise UserError(
-            f"--{board.package} needs the package {board.package}: pip install {board.package}"
-        )
-
-
-class Clock:
-    """Keeps a run's two times; that of training stands still between stop() and start().
-
-    `progress` holds them: its train_seconds and wall_seconds, which a resumed run goes on from.
-    """
-
-    def __init__(self, progress, device: str):
-        self._progress, self._device, self._since = progress, device, None
-        self._wall_start = time.perf_counter() - progress.wall_seconds
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._device != "cpu":
-            torch.accelerator.synchronize(self._device)
-        self.read()
-        self._since = None
-
-    def read(self) -> None:
-        """Bring train_seconds and wall_seconds up to now."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._progress.train_seconds += now - self._since
-            self._since = now
-        self._progress.wall_seconds = now - self._wall_start
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"--{package} needs the package {package}: pip install {package}")
 
 
 def say(words: str) -> None:

@@ -23,7 +23,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 import checkpoint
 import config
@@ -63,23 +62,22 @@ class SampleConfig:
 @config.script
 def main(argv: list[str]) -> None:
     options = config.build(SampleConfig, config.read(SampleConfig, argv, instead=NANOGPT))
+    if options.interactive and options.prompt:
+        raise UserError("--interactive reads its prompts from the terminal: leave --prompt out")
     device = find_device(options.device)
     prompt = read_prompt(options.prompt)
     options.stop = unescape(options.stop)
     name = options.checkpoint or str(checkpoint.newest_run(Path("out")))
     model, meta = load_model(name, device, options.cache_dir)
     tok = tokenizer.load(meta["tokenizer"])
-    if not options.interactive:
-        start_ids(tok, prompt, options.seed)  # an unknown character is said at once
+    ids = start_ids(tok, prompt, options.seed)
 
     iter_num, val_loss = meta["progress"].get("iter_num"), meta["progress"].get("val_loss")
     iteration = "" if iter_num is None else f"iteration {iter_num}, "
     loss = f"validation loss {val_loss:.4f}, " if type(val_loss) is float else ""
     print(f"{name}: {iteration}{loss}{device}", file=sys.stderr)
     if not options.interactive:
-        return show(model, tok, prompt, options)
-    if options.prompt:
-        raise UserError("--interactive reads its prompts from the terminal: leave --prompt out")
+        return show(model, tok, prompt, ids, options)
     print("a prompt, then Enter; Ctrl-D ends", file=sys.stderr)
     while True:
         try:
@@ -88,14 +86,15 @@ def main(argv: list[str]) -> None:
             print()
             return
         try:
-            show(model, tok, prompt, options)
+            show(model, tok, prompt, start_ids(tok, prompt, options.seed), options)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
-def show(model: LanguageModel, tok: Tokenizer, prompt: str, options: SampleConfig) -> None:
-    """Print what the model makes of a prompt: a single sample as it comes."""
-    ids = start_ids(tok, prompt, options.seed)
+def show(
+    model: LanguageModel, tok: Tokenizer, prompt: str, ids: np.ndarray, options: SampleConfig
+) -> None:
+    """Print a prompt and what the model makes of its `ids` (T,): a single sample as it comes."""
     if len(ids) > (longest := model.config.block_size):
         print(
             f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr
@@ -161,10 +160,7 @@ def load_pretrained(name: str, cache_dir: str) -> tuple[GPT, dict] | None:
         return None
     try:
         model = GPT.from_pretrained(folder)
-    except (
-        *(ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError),
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # a foreign file may make the libraries raise anything
         raise UserError(f"{name} is no model that can be used: {error}") from None
     tok = {"kind": "gpt2"} if name in GPT2 else tokenizer.stored_in(folder)
     meta = {

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -159,6 +160,31 @@ class Progress:
     wall_seconds: Annotated[float, "[0, inf)"] = 0.0  # with them
 
 
+class Clock:
+    """Keeps a run's two times; that of training stands still between stop() and start()."""
+
+    def __init__(self, progress: Progress, device: str):
+        self._progress, self._device, self._since = progress, device, None
+        self._wall_start = time.perf_counter() - progress.wall_seconds
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._device != "cpu":
+            torch.accelerator.synchronize(self._device)
+        self.read()
+        self._since = None
+
+    def read(self) -> None:
+        """Bring train_seconds and wall_seconds up to now."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._progress.train_seconds += now - self._since
+            self._since = now
+        self._progress.wall_seconds = now - self._wall_start
+
+
 @dataclass
 class Run:
     """What training works on; the functions below change it in place."""
@@ -172,7 +198,7 @@ class Run:
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
     diverged: Tensor  # float32 (4,): flag, iter_num, loss, grad_norm of the first bad update
     progress: Progress
-    clock: metrics.Clock
+    clock: Clock
     stop: "StopSignals"
 
 
@@ -205,8 +231,9 @@ def start(given: dict, quick_start: bool = False) -> int:
         path, tensors, meta = starting_point(given)
         given = adopt(given, meta, path)
     cfg = choose_machine(config.build(TrainConfig, given), meta.get("threads"))
-    for board in [metrics.TensorBoard] * cfg.tensorboard + [metrics.WandB] * cfg.wandb:
-        metrics.require(board)
+    for package in ("tensorboard", "wandb"):
+        if getattr(cfg, package):
+            metrics.require(package)
     dataset = find_dataset(cfg, quick_start)
     if quick_start:
         cfg = replace(cfg, dataset=dataset.folder.name)
@@ -305,7 +332,7 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
     if resuming:
         saved |= meta["run_config"]
         fixed += ["dataset", "seed"]
-        if "batch_size" in given:  # what was held at a time need not divide it
+        if saved["micro_batch_size"] == saved["batch_size"]:  # all of it, whatever it is now
             saved["micro_batch_size"] = 0
     elif "dataset" not in given:
         before = meta.get("run_config", {})
@@ -395,7 +422,7 @@ def make_run(
         scaler=torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.dtype == "float16"),
         diverged=torch.zeros(4, device=cfg.device),
         progress=progress,
-        clock=metrics.Clock(progress, cfg.device),
+        clock=Clock(progress, cfg.device),
         stop=StopSignals(),
     )
     if resuming:
@@ -609,8 +636,7 @@ def evaluate_both(run: Run) -> str:
     """Evaluate both splits into `run.progress`; return the result in words."""
     train, val, progress = run.dataset.train, run.dataset.val, run.progress
     limit = min(run.cfg.eval_tokens, len(val.tokens))
-    losses = evaluate(run, train, limit), evaluate(run, val, limit)
-    progress.train_loss, progress.val_loss = losses
+    progress.train_loss, progress.val_loss = (evaluate(run, s, limit) for s in (train, val))
     progress.eval_iter = progress.iter_num
     words = f"train loss {progress.train_loss:.4f}, val loss {progress.val_loss:.4f}"
     bits = bits_per_byte(run)
@@ -736,7 +762,7 @@ def warm_up(run: Run) -> float:
         ) from None
     while not trials or (len(trials) < WARM_UPS and sum(trials) < WARM_UP_SECONDS):
         trial = Progress()
-        clock = metrics.Clock(trial, cfg.device)
+        clock = Clock(trial, cfg.device)
         clock.start()
         forward_backward(run, 0, cfg.micro_batch_size)
         clock.stop()
@@ -884,7 +910,7 @@ def train(run: Run) -> int:
     if cfg.compile:
         run.model.compile()
     begun = progress.iter_num, progress.tokens, progress.train_seconds
-    boards, why = make_boards(run), ""
+    boards, why, failure = make_boards(run), "", None
     with run.stop:
         try:
             plan(run)
@@ -899,12 +925,12 @@ def train(run: Run) -> int:
                 f"{cfg.micro_batch_size} trains the same"
             ) from None
         except Diverged as error:
-            print(f"error: {error}", file=sys.stderr)
-            why = None
+            failure = error
         data = run.dataset
         baseline = bins.bigram_loss(data.train.tokens, data.val.tokens, data.vocab_size)
         metrics.draw_losses(out_dir, baseline)
-    if why is None:
+    if failure:
+        print(f"error: {failure}", file=sys.stderr)
         return 3
     if run.stop.caught:
         print(f"stopped: {run.stop.caught.name} after {progress.iter_num:,} updates; saved")

@@ -94,8 +94,10 @@ class Corpus:
             with _open(path) as file:
                 if b"\0" in file.read(SNIFFED):
                     if named:
-                        hint = " (UTF-16? iconv -f utf-16 -t utf-8 makes it UTF-8)"
-                        raise UserError(f"{path} is not text: it holds zero bytes{hint}")
+                        raise UserError(
+                            f"{path} is not text: it holds zero bytes "
+                            "(UTF-16? iconv -f utf-16 -t utf-8 makes it UTF-8)"
+                        )
                     self.skipped.add(path)
                     return
                 file.seek(0)
@@ -110,27 +112,26 @@ class Corpus:
 
     def _read_lines(self, path: Path, file: BinaryIO) -> Iterator[Document]:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             source = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-                if type(record) is not dict or type(record.get(self.field)) is not str:
-                    has = f"only {', '.join(map(repr, record))}" if record else "nothing"
-                    raise UserError(
-                        f"{source}: no text in the field {self.field!r}; it has {has} (--field)"
-                        if type(record) is dict
-                        else f"{source}: not a JSON object"
-                    )
-                data = record[self.field].encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{source}: its text is not Unicode: a lone surrogate") from None
-            except UserError:
-                raise
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{source}: not JSON: {error}") from None
-            if data:
+            if line.strip() and (data := _text_of(line, source, self.field)):
                 yield Document(data, source)
+
+
+def _text_of(line: bytes, source: str, field: str) -> bytes:
+    """The text in a field of a line of JSON."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not JSON: {error}") from None
+    if type(record) is not dict:
+        raise UserError(f"{source}: not a JSON object")
+    if type(text := record.get(field)) is not str:
+        has = ", ".join(map(repr, record)) or "none"
+        raise UserError(f"{source}: no text in the field {field!r} (--field); its fields: {has}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{source}: its text is not Unicode: a lone surrogate") from None
 
 
 def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
@@ -145,7 +146,7 @@ def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
         return [(_download(word, downloads), True)]
     path = Path(word)
     if path.is_dir():
-        files = sorted(p for p in _walk(path))
+        files = sorted(_walk(path))
     elif path.is_file():
         return [(path, True)]
     elif path.exists():

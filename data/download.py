@@ -27,21 +27,17 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    if sha256 is None:
-        part.unlink(missing_ok=True)
     for attempt in range(TRIES):
         if attempt:
             time.sleep(attempt)
+        if sha256 is None:
+            part.unlink(missing_ok=True)
         try:
             _download(url, part)
-        except (requests.RequestException, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except requests.RequestException as error:
             reason = _in_short(error)
             if isinstance(error, requests.HTTPError) and error.response.status_code < 500:
                 break
-            if sha256 is None:
-                part.unlink(missing_ok=True)
             continue
         data_size, digest = _measure(part)
         if sha256 in (None, digest):

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from config import UserError
 from data.download import fetch
@@ -254,7 +255,7 @@ def stored_in(path: Path) -> dict:
             if path.is_dir() and (path / name).is_file():
                 path = path / name
         return _checkpoint_meta(path)["tokenizer"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(
             f"--tokenizer={path} is none of {', '.join(KINDS)}, and no data set, run or checkpoint "
@@ -265,17 +266,14 @@ def stored_in(path: Path) -> dict:
 def _checkpoint_meta(path: Path) -> dict:
     """What a checkpoint's header says, without torch; its digest is verified."""
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest, left = hashlib.sha256(), size - 32
+        digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - 32
         while left > 0 and (block := file.read(min(left, 1 << 20))):
             digest.update(block)
             left -= len(block)
         if file.read() != digest.digest():
             raise ValueError("no checkpoint, or a damaged one: its digest does not match")
-        file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, size)))
-    return json.loads(header["__metadata__"]["folio"])
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["folio"])
 
 
 def normalized(text: str, form: str) -> str:
