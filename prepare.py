@@ -196,7 +196,11 @@ def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer
     tokens from what is trained on."""
     form = options.normalize
     if kind not in tokenizer.KINDS:
-        return tokenizer.load(tokenizer.stored_in(Path(kind)))
+        try:
+            return tokenizer.load(tokenizer.stored_in(Path(kind)))
+        except UserError as error:
+            kinds = ", ".join(tokenizer.KINDS)
+            raise UserError(f"--tokenizer={kind} is none of {kinds}; {error}") from None
     if kind == "char":
         separated = ("\n" * follows + text for _, follows, text in texts)
         tok = tokenizer.CharTokenizer.train(tokenizer.normalized(t, form) for t in separated)

@@ -199,7 +199,7 @@ def _check(name: str, value: object, hint: object, source: str) -> object:
         base, interval = hint.__origin__, hint.__metadata__[0]
     if choices := _choices(hint):
         good = any(type(value) is type(choice) and value == choice for choice in choices)
-        wanted = "one of " + ", ".join(str(choice) for choice in choices)
+        wanted = "one of " + ", ".join(str(choice) or "''" for choice in choices)
     else:
         good = type(value) is (tuple if base == WORDS else base)
         good = good or (base is float and type(value) is int)

@@ -150,13 +150,13 @@ def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
     elif path.is_file():
         return [(path, True)]
     elif path.exists():
-        raise UserError(f"--input={word} is a device, not a text")
+        raise UserError(f"input {word} is a device, not a text")
     elif glob.has_magic(word):
         files = sorted(p for p in _expand(path) if p.is_file())
     else:
-        raise UserError(f"--input={word}: no such file or folder")
+        raise UserError(f"input {word}: no such file or folder")
     if not files:
-        raise UserError(f"--input={word}: no files there")
+        raise UserError(f"input {word}: no files there")
     return [(path, False) for path in files]
 
 
@@ -211,18 +211,20 @@ def _download(url: str, downloads: Path) -> Path:
     try:
         name = Path(urlsplit(url).path).name or "index"
     except ValueError as error:
-        raise UserError(f"--input={url} is no address: {error}") from None
+        raise UserError(f"input {url} is no address: {error}") from None
     path = downloads / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if path.exists():
         print(f"{url} was downloaded before; to fetch it again delete {path}")
         return path
+    new = [folder for folder in (path.parent, downloads, downloads.parent) if not folder.exists()]
     try:
         return fetch(url, path, **KNOWN.get(url, {}))
     except UserError as error:
-        with suppress(OSError):
-            path.parent.rmdir()  # where nothing of it has arrived
+        with suppress(OSError):  # where nothing of it has arrived
+            for folder in new:
+                folder.rmdir()
         raise UserError(
-            f"{error}; with the file at hand name it: --input=FILE; "
+            f"{error}; with the file at hand call prepare.py with --input=FILE; "
             "without any download: python prepare.py pydocs"
         ) from None
 

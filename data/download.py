@@ -6,7 +6,6 @@ import re
 import shutil
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
 from tqdm import tqdm
@@ -16,16 +15,16 @@ from config import UserError
 TRIES = 3
 TIMEOUT = (3, 10)  # seconds to connect, seconds without a byte
 CHUNK = 1 << 16
+HTML = "{} answers with a web page (HTML), not with a text"
 
 
 def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:
     """Download `url` to `path` and return it; it gets that name only when size and digest fit.
 
-    What has arrived is kept in PATH.part, and where the digest is known, so that nothing can be
-    pieced together wrongly, a later call goes on from there if the server allows it. Raises
+    Where the digest is known, so that nothing can be pieced together wrongly, what has arrived is
+    kept in PATH.part, and a later call goes on from there if the server allows it. Raises
     UserError, with the reason in a few words, after three tries.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for attempt in range(TRIES):
         if attempt:
@@ -39,6 +38,9 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
             if isinstance(error, requests.HTTPError) and error.response.status_code < 500:
                 break
             continue
+        if sha256 is None and _is_html(part):
+            part.unlink()
+            raise UserError(HTML.format(url))
         data_size, digest = _measure(part)
         if sha256 in (None, digest):
             os.replace(part, path)
@@ -48,6 +50,8 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
             reason = f"{data_size} of {size} bytes arrived"
         else:
             part.unlink()
+    if sha256 is None:
+        part.unlink(missing_ok=True)
     raise UserError(f"cannot download {url} ({reason})")
 
 
@@ -61,12 +65,12 @@ def _download(url: str, part: Path) -> None:
         if response.status_code == 416:  # nothing is missing; the digest will tell
             return
         response.raise_for_status()
-        kind = response.headers.get("Content-Type", "")
-        if kind.startswith("text/html") and not urlsplit(url).path.endswith((".html", ".htm")):
-            raise UserError(f"{url} answers with a web page (HTML), not with a text")
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise UserError(HTML.format(url))
         resumed = response.status_code == 206
         length = response.headers.get("Content-Length", "")
         total = int(length) + have * resumed if length.isdecimal() else 0
+        part.parent.mkdir(parents=True, exist_ok=True)
         with (
             open(part, "ab" if resumed else "wb") as file,
             tqdm(
@@ -81,6 +85,12 @@ def _download(url: str, part: Path) -> None:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
+
+
+def _is_html(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return head.startswith((b"<!doctype html", b"<html"))
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -258,8 +258,7 @@ def stored_in(path: Path) -> dict:
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(
-            f"--tokenizer={path} is none of {', '.join(KINDS)}, and no data set, run or checkpoint "
-            f"with a tokenizer ({reason})"
+            f"{path} is no data set, run or checkpoint with a tokenizer ({reason})"
         ) from None
 
 

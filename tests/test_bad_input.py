@@ -106,6 +106,12 @@ CASES = (
         (training.main, "--weight_decay=-inf", "weight_decay must be a number in [0, inf), not -inf"),
         # what does not go together
         (training.main, "--n_embd=30 --n_head=4", "n_embd=28 or 32 would"),
+        (training.main, "--n_embd=6 --n_head=2 --rotary", "makes heads of 3; an even number would do"),
+        (training.main, "--softcap=-1", "softcap must be"),
+        (training.main, "--optimizer=sgd", "optimizer must be one of adamw, muon"),
+        (training.main, "--optimizer=muon --muon_lr=0", "muon_lr must be"),
+        (training.main, "--init_from=RUN --rotary", "made with rotary=False"),
+        (training.main, "--init_from=resume --out_dir=RUN --optimizer=muon", "made with optimizer=adamw"),
         (training.main, "--batch_size=12 --micro_batch_size=5", "micro_batch_size=4 or batch_size=15"),
         (training.main, "--max_iters=0", "max_iters=0 has no end"),
         (training.main, "--max_iters=0 --max_seconds=9", "needs lr_decay_iters"),
@@ -149,11 +155,11 @@ CASES = (
         (prepare.main, "--name=x", "--name=x needs its text: --input=FILE"),
         (prepare.main, "--input=good.txt", "needs a name for the data set"),
         (prepare.main, "--name=../x --input=good.txt", "--name must be letters"),
-        (prepare.main, "--name=x --input=nowhere.txt", "--input=nowhere.txt: no such file or folder"),
-        (prepare.main, "--name=x --input=bare", "--input=bare: no files there"),
+        (prepare.main, "--name=x --input=nowhere.txt", "input nowhere.txt: no such file or folder"),
+        (prepare.main, "--name=x --input=bare", "input bare: no files there"),
         (prepare.main, "--name=x --input=binary", "binary: no text there, only 1 binary files"),
         (prepare.main, "--name=x --input=binary/a", "binary/a is not text: it holds zero bytes"),
-        (prepare.main, "--name=x --input 'no/*.txt'", "--input=no/*.txt: no files there"),
+        (prepare.main, "--name=x --input 'no/*.txt'", "input no/*.txt: no files there"),
         (prepare.main, "--name=x --input mixed", "mixed/b.txt is not UTF-8: byte 0xe9 at offset 3"),
         (prepare.main, "--name=x --input=broken.txt.gz", "broken.txt.gz is a broken .gz file"),
         (prepare.main, "--name=x --input=cut.txt.gz", "cut.txt.gz is a broken .gz file"),
@@ -168,14 +174,14 @@ CASES = (
         (prepare.main, "--name=x --input=good.txt --vocab_size=999", "--vocab_size goes with --tokenizer=bpe"),
         (prepare.main, "--name=x --input=good.txt --tokenizer=RUN --normalize=NFC", "--normalize does not go"),
         (prepare.main, "--name=x --input=good.txt --tokenizer=text.safetensors", "no data set, run or checkp"),
-        (prepare.main, "--name=x --input=good.txt --tokenizer=bare", "and no data set, run or checkpoint"),
+        (prepare.main, "--name=x --input=good.txt --tokenizer=bare", "bare is no data set, run or checkpoint"),
         (prepare.main, "--name=x --input=é.txt --tokenizer=RUN", "the vocabulary has no 'é'"),
         (prepare.main, "--name=x --input=", "--input= is empty: name a file"),
         (prepare.main, "--name=x --input=http://[::1/a", "is no address"),
         (prepare.main, "--name=x --input=utf16.txt", "UTF-16? iconv -f utf-16"),
         (prepare.main, "--name=x --input=good.txt --tokenizer=nested", "no data set, run or checkpoint"),
         (training.main, "--dataset=nested --data_dir=.", "nested/meta.json cannot be read"),
-        (prepare.main, "--name=x --input=good.txt --val_input=bare", "--input=bare: no files there"),
+        (prepare.main, "--name=x --input=good.txt --val_input=bare", "input bare: no files there"),
         (prepare.main, "--name=x --input=empty.txt", "empty.txt is empty"),
         (prepare.main, "--name=x --input=one.txt", "of 1 bytes of text none are left for train"),
         (prepare.main, "--name=x --input=latin1.txt", "not UTF-8: byte 0xe9 at offset 3"),
@@ -256,7 +262,7 @@ def test_the_same_without_asserts(folder, run):
         ("train.py", ["--lr=1"], "unknown option 'lr'"),
         ("sample.py", ["--top_k=0"], "top_k must be"),
         ("prepare.py", ["nowhere"], "no recipe 'nowhere'"),
-        ("prepare.py", ["shakespeare_char"], "with the file at hand name it: --input=FILE; without any"),
+        ("prepare.py", ["shakespeare_char"], "with the file at hand call prepare.py with --input=FILE; without any"),
         ("prepare.py", ["--name=x", "--input=good.txt", "--tokenizer=gpt2"], "set TIKTOKEN_CACHE_DIR"),
         ("train.py", [f"{ROOT}/config/shakespeare_char.py"], "without any download: python prepare"),
     ],
@@ -267,10 +273,11 @@ def test_real_processes_without_a_network(folder, name, argv, says):
         "PATH": "", "TIKTOKEN_CACHE_DIR": str(folder / "nothing"),
         "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9",
     }  # fmt: skip
+    before = sorted(folder.rglob("*"))
     done = script(name, *argv, cwd=folder, env=env)
     assert done.returncode == 2
     assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert not (folder / "out").exists() and not (folder / "data/x").exists()
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {SHAKESPEARE}")

@@ -87,7 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         kind = "text/html; charset=utf-8" if self.path == "/page" else "text/plain"
         self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write(gzip.compress(LINES.encode()) if "gz" in self.path else b"from afar")
+        body = b"\n<!DOCTYPE html>\n<p>Sorry" if self.path == "/sorry.txt" else b"from afar"
+        self.wfile.write(gzip.compress(LINES.encode()) if "gz" in self.path else body)
 
     def log_message(self, *_):
         pass
@@ -100,8 +101,11 @@ def test_addresses(folder, capsys):
         assert read(f"{url}/a.txt?v=1", f"{url}/x.jsonl.gz") == ["from afar", *read("lines.jsonl")]
         assert read(f"{url}/a.txt?v=1") == ["from afar"]
         assert "was downloaded before" in capsys.readouterr().out
-        assert prepare.main(["--name=page", f"--input={url}/page"]) == 2
-        assert "answers with a web page" in capsys.readouterr().err
+        before = sorted(Path("data").rglob("*"))
+        for page in ("page", "sorry.txt"):
+            assert prepare.main(["--name=page", f"--input={url}/{page}"]) == 2
+            assert "answers with a web page" in capsys.readouterr().err
+        assert sorted(Path("data").rglob("*")) == before, "nothing is left of it"
         httpd.shutdown()
 
 
