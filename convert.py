@@ -4,13 +4,14 @@
     python convert.py ckpt.pt out/imported          a nanoGPT checkpoint, with GPT-2's tokenizer
     python convert.py ckpt.pt out/imported --dataset=shakespeare_char       or a data set's
 
-What ends in .pt is nanoGPT's and becomes a checkpoint; everything else that sample.py takes (a run,
+What ends in .pt is nanoGPT's and becomes a checkpoint. Everything else that sample.py takes (a run,
 a checkpoint, a folder of transformers', gpt2) becomes a folder that transformers loads, with the
-tokenizer where that has such a kind (gpt2, bpe).
+tokenizer where that has such a kind (gpt2, bpe), if it has no parts but GPT-2's.
 """
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def export(source: str, target: Path, cache_dir: str) -> None:
     if not isinstance(model, GPT):
         raise UserError(f"{source} is a {meta['model']} model, which transformers does not have")
     tok = tokenizer.load(meta["tokenizer"])
-    about = config_to_gpt2(model.config)
+    try:
+        about = config_to_gpt2(model.config)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}; only what GPT-2 has can be exported") from None
     about |= dict.fromkeys(("bos_token_id", "eos_token_id"), tok.end_of_text)
     files = {"config.json": about, tokenizer.EXPORTED: tok.meta()}
     if isinstance(tok, tokenizer.BytePairTokenizer):
@@ -142,12 +146,16 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
 def load_nanogpt(path: Path) -> dict:
     """What torch.save wrote, as plain data and tensors: anything else in it is refused, not run."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot open {path}: {error.strerror}") from None
-    except Exception as error:  # what a file that is none makes torch.load raise is not declared
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no checkpoint of nanoGPT's: {reason}") from None
+    except Exception:  # what a file that is none makes torch.load raise is not declared
+        raise UserError(
+            f"{path} is no checkpoint of nanoGPT's: it is damaged, or holds more than tensors and "
+            "plain values, and is not read"
+        ) from None
     if type(saved) is not dict:
         raise UserError(f"{path} is no checkpoint of nanoGPT's: it holds a {type(saved).__name__}")
     return saved

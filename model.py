@@ -5,7 +5,8 @@
 
 The architecture is GPT-2's (Radford et al. 2019): LayerNorm before each sublayer, learned
 positions, tanh-approximated GELU, and an output head that shares the token embedding's weights.
-Parameters keep the names that GPT-2 gave them.
+Parameters keep the names that GPT-2 gave them. The later fields of GPTConfig put newer parts in the
+place of some of these; the README has what each of them gains.
 """
 
 import json
@@ -13,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +35,15 @@ class GPTConfig:
     vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # ids; train.py takes the data set's
     dropout: Annotated[float, "[0, 1)"] = 0.0  # share dropped of the embedding and sublayers
     bias: bool = True  # in linear layers and LayerNorms
-    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"  # gelu: without the approximation
+
+    # parts that are newer than GPT-2; the defaults are its own
+    activation: Literal["gelu_tanh", "gelu", "relu2"] = "gelu_tanh"  # of the MLP; gelu: the exact
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm: without parameters
+    rotary: bool = False  # positions turn queries and keys; wpe goes
+    qk_norm: bool = False  # LayerNorm of each query and key
+    tied_head: bool = True  # lm_head shares wte's weights
+    softcap: Annotated[float, "[0, inf)"] = 0.0  # largest size of a logit; 0: any
+    zero_init: bool = False  # sublayers, and a head of its own, begin by adding nothing
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -42,22 +52,31 @@ class GPTConfig:
                 f"n_embd={self.n_embd} does not divide among n_head={self.n_head}; "
                 f"n_embd={near or self.n_head} or {near + self.n_head} would"
             )
+        if self.rotary and self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"rotary turns pairs, but n_embd={self.n_embd} among n_head={self.n_head} makes "
+                f"heads of {self.n_embd // self.n_head}; an even number would do"
+            )
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, D)
-            for part in self.c_attn(x).split(C, dim=2)
-        )
-        return self.c_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
+        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
+        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=2)
+        if self.qk_norm:
+            qk = F.layer_norm(qk, qk.shape[-1:])
+        if turns is not None:
+            qk = rotate(qk, turns)
+        q, k = qk.chunk(2, dim=2)  # (B, T, n_head, head_dim)
+        return self.c_proj(attend(q, k, v).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -65,23 +84,34 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2)) over the last dimension, without parameters (Zhang & Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:])
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    return RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x)))
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), turns))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -134,12 +164,14 @@ class GPT(LanguageModel):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if not config.rotary:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight
+        if config.tied_head:
+            self.lm_head.weight = self.wte.weight
         self.init_weights()
 
     @torch.no_grad()
@@ -151,6 +183,8 @@ class GPT(LanguageModel):
         | wte (and with it lm_head), wpe       | N(0, 0.02)                  |
         | attn.c_attn, mlp.c_fc: weight        | N(0, 0.02)                  |
         | attn.c_proj, mlp.c_proj: weight      | N(0, 0.02 / sqrt(2 n_layer))|
+        | lm_head, where it is not wte         | N(0, 0.02)                  |
+        | with zero_init the last two          | 0                           |
         | LayerNorms: weight                   | 1                           |
         | every bias                           | 0                           |
 
@@ -162,6 +196,8 @@ class GPT(LanguageModel):
                 p.zero_()
             elif p.dim() == 1:
                 p.fill_(1)
+            elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
+                p.zero_()
             elif name.endswith("c_proj.weight"):
                 p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer))
             else:
@@ -172,11 +208,18 @@ class GPT(LanguageModel):
 
         Targets of -1 count for nothing.
         """
-        positions = torch.arange(idx.shape[1], device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        c, positions = self.config, torch.arange(idx.shape[1], device=idx.device)
+        x, turns = self.wte(idx), None  # (B, T, C)
+        if c.rotary:
+            turns = rotary_turns(positions, c.n_embd // c.n_head)
+        else:
+            x = x + self.wpe(positions)
+        x = self.drop(x)
         for block in self.h:
-            x = block(x)
+            x = block(x, turns)
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        if c.softcap:
+            logits = c.softcap * torch.tanh(logits / c.softcap)
         return logits, token_loss(logits, targets)
 
     def flops_per_token(self) -> int:
@@ -276,11 +319,14 @@ def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:
     ones. (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models")
     """
     fitted = dict(tensors)
+    if "model.h.0.attn.c_attn.weight" not in tensors:  # the bigram model has nothing to fit
+        return fitted
+    for name in {"model.wte.weight", "model.lm_head.weight"} & tensors.keys():
+        rows = tensors[name]
+        if (missing := cfg.vocab_size - len(rows)) > 0:
+            fitted[name] = torch.cat((rows, rows.mean(0, keepdim=True).expand(missing, -1)))
     if (wpe := tensors.get("model.wpe.weight")) is not None:
-        wte = tensors["model.wte.weight"]
-        padding = wte.mean(0, keepdim=True).expand(max(0, cfg.vocab_size - len(wte)), -1)
         fitted["model.wpe.weight"] = wpe[: cfg.block_size]
-        fitted["model.wte.weight"] = torch.cat((wte, padding)) if len(padding) else wte
     return fitted
 
 
@@ -296,7 +342,7 @@ SIZES = {  # ours: theirs
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 FIXED = {  # what config.json may also say, and where this model is the only way
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
@@ -314,9 +360,9 @@ def config_from_gpt2(about: dict) -> GPTConfig:
         if about.get(name, value) != value:
             raise ValueError(f"config.json: {name}={about[name]}, but this model has {value}")
     activation = about.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS.values():
+    if activation not in GPT2_ACTIVATIONS.values():
         raise ValueError(f"config.json: activation_function={activation} is not known here")
-    ours = {theirs: name for name, theirs in ACTIVATIONS.items()}[activation]
+    ours = {theirs: name for name, theirs in GPT2_ACTIVATIONS.items()}[activation]
     if missing := [name for name in SIZES.values() if type(about.get(name)) is not int]:
         raise ValueError(f"config.json: {missing[0]} is missing, or is no whole number")
     sizes = {name: about[theirs] for name, theirs in SIZES.items()}
@@ -326,12 +372,22 @@ def config_from_gpt2(about: dict) -> GPTConfig:
 
 
 def config_to_gpt2(config: GPTConfig) -> dict:
-    """The config.json of a model."""
+    """The config.json of a model; ValueError names the parts of it that GPT-2 does not have."""
+    gpt2 = GPTConfig()
+    foreign = [
+        f"{name}={getattr(config, name)}"
+        for name in ("norm", "rotary", "qk_norm", "tied_head", "softcap")
+        if getattr(config, name) != getattr(gpt2, name)
+    ]
+    if config.activation not in GPT2_ACTIVATIONS:
+        foreign.append(f"activation={config.activation}")
+    if foreign:
+        raise ValueError(f"transformers' GPT-2 has no {', '.join(foreign)}")
     return {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
         **{theirs: getattr(config, name) for name, theirs in SIZES.items()},
-        "activation_function": ACTIVATIONS[config.activation],
+        "activation_function": GPT2_ACTIVATIONS[config.activation],
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "initializer_range": 0.02,
         "use_cache": True,
@@ -353,15 +409,56 @@ def weights_to_gpt2(model: GPT) -> dict[str, Tensor]:
     return tensors
 
 
+def relu2(x: Tensor) -> Tensor:
+    """max(0, x)^2 (So et al. 2021, "Primer")."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu2": relu2,
+}
+
+
+def rotary_turns(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, head_dim / 2) of the angles by which a position turns its pairs.
+
+    Pair j turns by position * 10000^(-2j / head_dim) (Su et al. 2021, "RoFormer").
+    """
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    angles = positions[:, None, None] * 10000.0 ** (-pairs / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, T, n_head, head_dim) turned; numbers j and j + head_dim / 2 of a vector are a pair."""
+    cos, sin = (part.to(x.dtype) for part in turns)  # in bfloat16 to 3 digits, as x itself
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, (B, n_head, T, head_dim) for each: softmax(q k^T / sqrt(head_dim)) v.
+    """Causal attention, (B, T, n_head, head_dim) for each: softmax(q k^T / sqrt(head_dim)) v.
 
     Without dropout on the weights, which would take SDPA off its fused path (README).
     """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # float32 is faster there (README)
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= LONGEST_WRITTEN_OUT:
+        return written_out(q, k, v)  # which is faster there (README)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, n_head, T, head_dim)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+LONGEST_WRITTEN_OUT = 512  # tokens
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attend() as two products of matrices, which keep all T * T weights of a head."""
+    B, T, n_head, head_dim = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * n_head, T, head_dim)
+    mask = q.new_full((T, T), -math.inf).triu(1)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=head_dim**-0.5)  # (B * n_head, T, T)
+    return (scores.softmax(-1) @ v).view(B, n_head, T, head_dim).transpose(1, 2)
 
 
 def token_loss(logits: Tensor, targets: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@
     python train.py --init_from=out/mine/best.safetensors --dataset=mine      finetune
     python train.py --init_from=gpt2 --dataset=mine --eval_only               evaluate
 
-    window(seed, n) -> idx, targets (B, T) -> logits (B, T, V), loss -> AdamW
+    window(seed, n) -> idx, targets (B, T) -> logits (B, T, V), loss -> AdamW, Muon
         -> out/<run>/{ckpt,best}.safetensors, snapshots/, metrics.csv, loss.png
 
 Ctrl-C saves and ends the run with code 130, SIGTERM with 143; --init_from=resume goes on. Code 2 is
@@ -37,7 +37,8 @@ import metrics
 from config import UserError
 from data import bins, tokenizer
 from data.tokenizer import Tokenizer
-from model import MODELS, GPTConfig, LanguageModel, Undrawn, fit
+from model import LONGEST_WRITTEN_OUT, MODELS, GPTConfig, LanguageModel, Undrawn, fit
+from muon import Muon
 from sample import SampleConfig, complete, find_device, load_pretrained, start_ids, unescape
 
 ROOT = Path(__file__).parent
@@ -49,6 +50,7 @@ WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever
 
 @dataclass
 class TrainConfig(GPTConfig):
+    # which model
     model: Literal["gpt", "bigram"] = "gpt"  # bigram: the baseline, a table of (V, V) logits
 
     # data
@@ -71,15 +73,17 @@ class TrainConfig(GPTConfig):
     target_val_loss: Annotated[float, "[0, inf)"] = 0.0  # at an evaluation; 0: none
     patience: Annotated[int, "[0, inf)"] = 0  # evaluations without a new best; 0: no limit
 
-    # AdamW and its learning rate
+    # the optimizer and its learning rate
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices, AdamW the rest
+    muon_lr: Annotated[float, "(0, inf)"] = 0.02  # at its peak; follows the schedule
     learning_rate: Annotated[float, "(0, inf)"] = 6e-4  # at its peak
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # from the peak to min_lr
     warmup_iters: Annotated[int, "[0, inf)"] = 100  # linear, from near 0 to the peak
     lr_decay_iters: Annotated[int, "[0, inf)"] = 0  # where min_lr is reached; 0: at max_iters
     min_lr: Annotated[float, "[0, inf)"] = 0.0  # where the schedule ends
     weight_decay: Annotated[float, "[0, inf)"] = 0.1  # of matrices and embeddings
-    beta1: Annotated[float, "[0, 1)"] = 0.9  # AdamW's memory of the gradient
-    beta2: Annotated[float, "[0, 1)"] = 0.95  # and of its square
+    beta1: Annotated[float, "[0, 1)"] = 0.9  # memory of the gradient, Muon's too
+    beta2: Annotated[float, "[0, 1)"] = 0.95  # AdamW's, of its square
     grad_clip: Annotated[float, "[0, inf)"] = 1.0  # largest norm of the gradient; 0: any
 
     # evaluation, printing, saving
@@ -194,7 +198,7 @@ class Run:
     dataset: bins.Dataset
     tok: Tokenizer
     model: LanguageModel
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
     diverged: Tensor  # float32 (4,): flag, iter_num, loss, grad_norm of the first bad update
     progress: Progress
@@ -326,12 +330,15 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
 
     Finetuning may crop the block and pad the vocabulary.
     """
-    saved = {"model": meta["model"], **meta["model_config"]}
     resuming = given["init_from"] == "resume"
-    fixed = [name for name in saved if name != "dropout"]
+    saved = {"model": meta["model"], **asdict(GPTConfig()), **meta["model_config"]}
+    free = {"dropout"} if resuming else {"dropout", "zero_init"}
+    fixed = [name for name in saved if name not in free]
     if resuming:
-        saved |= meta["run_config"]
-        fixed += ["dataset", "seed"]
+        if "micro_batch_size" not in meta["run_config"]:
+            raise UserError(f"{path} was not trained here; to begin from it: --init_from={path}")
+        saved |= {"optimizer": "adamw", **meta["run_config"]}
+        fixed += ["dataset", "seed", "optimizer"]
         if saved["micro_batch_size"] == saved["batch_size"]:  # all of it, whatever it is now
             saved["micro_batch_size"] = 0
     elif "dataset" not in given:
@@ -418,7 +425,7 @@ def make_run(
         dataset=dataset,
         tok=tokenizer.load(dataset.tokenizer),
         model=model,
-        optimizer=make_optimizer(model, cfg),
+        optimizers=make_optimizers(model, cfg),
         scaler=torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.dtype == "float16"),
         diverged=torch.zeros(4, device=cfg.device),
         progress=progress,
@@ -444,7 +451,10 @@ def memory_needed(cfg: TrainConfig, model: LanguageModel) -> int:
     """Bytes, roughly: weights, gradients and AdamW's moments, and a micro batch's activations."""
     tokens = cfg.micro_batch_size * cfg.block_size
     width = 4 if cfg.dtype == "float32" else 2
-    return 16 * model.n_params() + width * tokens * model.activations_per_token()
+    numbers = model.activations_per_token()
+    if cfg.device == "cpu" and cfg.dtype == "bfloat16" and cfg.block_size <= LONGEST_WRITTEN_OUT:
+        numbers += 2 * cfg.n_layer * cfg.n_head * cfg.block_size  # attention's weights
+    return 16 * model.n_params() + width * tokens * numbers
 
 
 def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
@@ -488,26 +498,34 @@ def check_disk(run: Run) -> None:
 # ---- an update ----------------------------------------------------------------------------------
 
 
-def make_optimizer(model: LanguageModel, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, fused; matrices and embeddings decay, biases and LayerNorms do not."""
-    params = list(model.parameters())
+def make_optimizers(model: LanguageModel, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, fused, and Muon where it is asked for; biases and norms' weights do not decay."""
+    params, matrices = dict(model.named_parameters()), {}
+    if cfg.optimizer == "muon":
+        names = [n for n, p in params.items() if n.startswith("h.") and p.dim() == 2]
+        matrices = {name: params.pop(name) for name in names}
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params.values() if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=cfg.learning_rate,
         betas=(cfg.beta1, cfg.beta2),
         fused=True,
     )
-    for p in params:  # as the first step would, so that a checkpoint can be taken or restored now
-        optimizer.state[p] = {
+    for p in params.values():  # as the first step would, so that it can be saved or restored now
+        adamw.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p),
             "exp_avg_sq": torch.zeros_like(p),
         }
-    return optimizer
+    if not matrices:
+        return [adamw]
+    pieces = [3 if name.endswith("c_attn.weight") else 1 for name in matrices]  # q, k and v
+    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+    muon = Muon(list(matrices.values()), pieces, cfg.muon_lr, cfg.beta1, cfg.weight_decay, dtype)
+    return [adamw, muon]
 
 
 def get_lr(iter_num: int, cfg: TrainConfig) -> float:
@@ -554,8 +572,6 @@ def forward_backward(run: Run, n: int, count: int) -> Tensor:
         with autocast(run):
             _, loss = run.model(idx, targets)
         loss = loss / micro_steps
-        if run.scaler.is_enabled():  # after a divergence no gradient is finite: all are skipped
-            loss = loss / (1 - run.diverged[0])
         run.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     return loss_sum
@@ -568,22 +584,24 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
     weights and moments as they are, without the host having to look.
     """
     cfg, progress = run.cfg, run.progress
-    for group in run.optimizer.param_groups:
-        group["lr"] = get_lr(progress.iter_num, cfg)
+    share = get_lr(progress.iter_num, cfg) / cfg.learning_rate
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * optimizer.defaults["lr"]
     loss = forward_backward(run, progress.n, cfg.batch_size)
-    run.scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-    if run.scaler.is_enabled():  # float16: a gradient that overflows is skipped, not a divergence
-        bad = ~loss.isfinite()
-    else:
-        bad = ~(loss + norm).isfinite()
+    float16 = run.scaler.is_enabled()  # in which a gradient that overflows is no divergence
+    bad = ~loss.isfinite() if float16 else ~(loss + norm).isfinite()
     now = torch.stack([bad, torch.full_like(loss, progress.iter_num), loss, norm])
     run.diverged = torch.where(run.diverged[0] > 0, run.diverged, now)
-    if not run.scaler.is_enabled():
-        run.optimizer.found_inf = run.diverged[0]  # fused AdamW does nothing where this is 1
-    run.scaler.step(run.optimizer)
+    skipped = torch.maximum(run.diverged[0], (~norm.isfinite()).float())
+    for optimizer in run.optimizers:  # all of them or none
+        optimizer.found_inf = skipped
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
     progress.iter_num += 1
     progress.n += cfg.batch_size
     progress.tokens += cfg.batch_size * cfg.block_size
@@ -673,10 +691,12 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
 
 def optimizer_tensors(run: Run) -> dict[str, Tensor]:
     """The optimizer's state by name: "exp_avg.h.0.attn.c_attn.weight", and so on."""
+    names = {p: name for name, p in run.model.named_parameters()}
     return {
-        f"{key}.{name}": tensor
-        for name, p in run.model.named_parameters()
-        for key, tensor in run.optimizer.state[p].items()
+        f"{key}.{names[p]}": tensor
+        for optimizer in run.optimizers
+        for p, state in optimizer.state.items()
+        for key, tensor in state.items()
     }
 
 
@@ -765,9 +785,12 @@ def warm_up(run: Run) -> float:
         clock = Clock(trial, cfg.device)
         clock.start()
         forward_backward(run, 0, cfg.micro_batch_size)
+        for optimizer in run.optimizers:
+            optimizer.found_inf = torch.ones((), device=cfg.device)  # works, and changes nothing
+            optimizer.step()
         clock.stop()
         trials.append(trial.train_seconds)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
     return min(trials) * cfg.batch_size / cfg.micro_batch_size
 
 
@@ -838,7 +861,7 @@ def make_boards(run: Run) -> list[metrics.TensorBoard | metrics.WandB]:
 def first_word(run: Run) -> str:
     """A prompt to try: the first word of the validation text."""
     start = run.tok.decode(run.dataset.val.tokens[:500].tolist())
-    return next(iter(re.findall(r"\w{2,}", start)), "")
+    return next(iter(re.findall(r"\w{2,20}", start)), "")
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -887,7 +910,7 @@ def why_stop(run: Run) -> str:
     if cfg.target_val_loss and (progress.val_loss or math.inf) <= cfg.target_val_loss:
         return f"target_val_loss={cfg.target_val_loss:g} reached"
     if cfg.patience and progress.evals_since_best >= cfg.patience:
-        return f"patience={cfg.patience}: no better validation loss in so many evaluations"
+        return f"patience={cfg.patience} evaluations without a better validation loss reached"
     return ""
 
 

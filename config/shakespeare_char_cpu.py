@@ -2,23 +2,20 @@
 
 python train.py config/shakespeare_char_cpu.py
 
-Hardware: any CPU. On 2 cores about a minute, to a validation loss of 1.83.
+Hardware: any CPU. On 2 cores about a minute, to a validation loss of 1.55.
 """
 
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char_cpu"
 
-n_layer = 4
-n_head = 4
-n_embd = 128
-block_size = 64
-bias = False
+n_layer, n_head, n_embd, block_size = 4, 2, 128, 256
+activation, bias = "gelu", False
+rotary, qk_norm, tied_head, softcap, zero_init = True, True, False, 15.0, True
 
-batch_size = 12
-max_iters = 1500
-learning_rate = 4e-3
-schedule = "linear"
-beta2 = 0.99
+batch_size = 16
+max_iters = 400
+optimizer, muon_lr, learning_rate = "muon", 0.03, 12e-3  # adamw alone wants 4e-3
+schedule, warmup_iters = "linear", 0
 
-eval_interval = 300
+eval_interval = 200
 log_interval = 50

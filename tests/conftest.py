@@ -19,11 +19,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors this small gain nothing
 
 # A run whose updates take milliseconds, with everything that a large one has.
 SMALL = (
-    f"{ROOT}/config/shakespeare_char_cpu.py --dataset=small --out_dir=run "
+    f"{ROOT}/config/shakespeare_char_gpt2.py --dataset=small --out_dir=run "
     "--device=cpu --dtype=float32 "
     "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=8 --dropout=0.1 "
     "--learning_rate=1e-3 --max_iters=20 --warmup_iters=5 "
     "--eval_interval=10 --log_interval=5 --sample_tokens=20"
+).split()
+# and with every part that is not GPT-2's
+MODERN = (
+    "--activation=relu2 --norm=rmsnorm --rotary --qk_norm --tied_head=False --softcap=15 "
+    "--zero_init --optimizer=muon"
 ).split()
 
 needs_shakespeare = pytest.mark.skipif(

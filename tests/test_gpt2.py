@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import needs_gpt2_vocabulary, script
+from conftest import MODERN, needs_gpt2_vocabulary, script
 
 import checkpoint
 import convert
@@ -223,6 +223,15 @@ def test_characters_and_bigrams(train, capsys):
     assert convert.main(["two", "hf2"]) == 2
     assert "bigram model, which transformers does not have" in capsys.readouterr().err
     assert not list(Path().glob("hf2*"))
+
+
+def test_newer_parts_are_refused_by_name(train, capsys):
+    assert train("--max_iters=1", "--num_samples=0", *MODERN) == 0
+    assert convert.main(["run", "hf"]) == 2
+    err = capsys.readouterr().err
+    assert "norm=rmsnorm, rotary=True, qk_norm=True, tied_head=False, softcap=15.0, " in err
+    assert "activation=relu2; only what GPT-2 has" in err and err.count("\n") == 1
+    assert not list(Path().glob("hf*"))
 
 
 # ---- finetuning and evaluating ------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Promise: a run that is resumed, from any iteration, ends in the bits of one that never stopped.
 
-The run has dropout and accumulation; within its 20 iterations warm-up ends, evaluations come and
-go, and an epoch ends.
+The run has dropout, accumulation, Muon and every newer part; within its 20 iterations warm-up ends,
+evaluations come and go, and an epoch ends.
 """
 
 import csv
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import MODERN, SMALL
 
 import checkpoint
 import train as script
 
 ITERS = 20
 OPTIONS = [
+    *MODERN,
     "--block_size=64", "--batch_size=24", "--micro_batch_size=8", f"--max_iters={ITERS}",
     "--eval_interval=5", "--log_interval=1", "--snapshot_interval=1", "--num_samples=0",
 ]  # fmt: skip
@@ -200,13 +201,16 @@ def test_killed_between_a_save_and_its_other_names(
     assert same(state(tmp_path / "run"), whole[1])
 
 
-def test_float16s_scaler_goes_on_too(train, resume, monkeypatch):
+gpt2_and_modern = pytest.mark.parametrize("parts", [[], MODERN], ids=["gpt2", "modern"])
+
+
+@gpt2_and_modern
+def test_float16s_scaler_goes_on_too(train, resume, monkeypatch, parts):
     """On CPU, where the scaler and its arithmetic work as on CUDA, though slowly."""
     float16_on_cpu(monkeypatch)
-    assert train("--dtype=float16", "--max_iters=8", "--eval_interval=8", "--out_dir=whole") == 0
-    assert (
-        train("--dtype=float16", "--max_iters=8", "--eval_interval=4", "--snapshot_interval=4") == 0
-    )
+    options = ["--dtype=float16", "--max_iters=8", *parts]
+    assert train(*options, "--eval_interval=8", "--out_dir=whole") == 0
+    assert train(*options, "--eval_interval=4", "--snapshot_interval=4") == 0
     assert resume("--checkpoint=run/snapshots/iter_000004.safetensors") == 0
     one, meta = checkpoint.load(Path("whole/ckpt.safetensors"))
     other, other_meta = checkpoint.load(Path("run/ckpt.safetensors"))
@@ -224,7 +228,32 @@ def float16_on_cpu(monkeypatch):
     monkeypatch.setattr(script, "choose_machine", mutant)
 
 
-def test_with_float16_no_update_follows_a_divergence(train, monkeypatch):
+@gpt2_and_modern
+@pytest.mark.parametrize("clip", [0, 1])
+def test_an_overflow_in_float16_skips_all_of_the_update(train, monkeypatch, parts, clip):
+    """Both optimizers, whichever of their gradients is not finite; the next update goes on."""
+    float16_on_cpu(monkeypatch)
+    forward_backward, seen = script.forward_backward, []
+
+    def overflowing(run, n, count):
+        loss = forward_backward(run, n, count)
+        state = {**dict(run.model.named_parameters()), **script.optimizer_tensors(run)}
+        seen.append({name: tensor.detach().clone() for name, tensor in state.items()})
+        if run.progress.iter_num == 3:
+            run.model.lm_head.weight.grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(script, "forward_backward", overflowing)
+    options = ["--dtype=float16", "--max_iters=6", f"--grad_clip={clip}", *parts]
+    assert train(*options) == 0
+    before, after, later = seen[-3:]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(t.isfinite().all() for t in later.values())
+    assert not torch.equal(after["h.0.mlp.c_fc.weight"], later["h.0.mlp.c_fc.weight"])
+
+
+@gpt2_and_modern
+def test_with_float16_no_update_follows_a_divergence(train, monkeypatch, parts):
     float16_on_cpu(monkeypatch)
     forward_backward, weights = script.forward_backward, []
 
@@ -239,7 +268,8 @@ def test_with_float16_no_update_follows_a_divergence(train, monkeypatch):
         return loss
 
     monkeypatch.setattr(script, "forward_backward", broken)
-    assert train("--dtype=float16", "--max_iters=8", "--eval_interval=8", "--log_interval=8") == 3
+    options = ["--dtype=float16", "--max_iters=8", "--eval_interval=8", "--log_interval=8"]
+    assert train(*options, *parts) == 3
     before_three, *later = weights[-5:]
     assert not torch.equal(weights[-6], before_three)
     assert all(torch.equal(table, before_three) for table in later)

@@ -11,7 +11,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import MODERN, ROOT
 
 import checkpoint
 from config import build
@@ -337,6 +337,36 @@ def test_finetuning_takes_the_weights_and_nothing_else(train, capsys):
     assert "n_layer=3, but run/best.safetensors was made with n_layer=2" in capsys.readouterr().err
 
 
+def test_finetuning_pads_the_vocabulary_of_a_head_of_its_own_too(train):
+    assert train("--max_iters=2", *MODERN) == 0
+    options = (
+        "--init_from=run",
+        "--vocab_size=100",
+        "--block_size=8",
+        "--learning_rate=1e-30",
+        "--min_lr=0",
+    )
+    options = (*MODERN, *options, "--optimizer=adamw", "--max_iters=1", "--out_dir=tuned")
+    assert train(*options) == 0
+    before, after = weights("run/best.safetensors"), weights("tuned/ckpt.safetensors")
+    for name in ("model.wte.weight", "model.lm_head.weight"):
+        known = before[name]
+        assert len(known) < 100 and torch.equal(after[name][: len(known)], known)
+        assert torch.allclose(after[name][len(known) :], known.mean(0).expand(100 - len(known), -1))
+
+
+def test_a_checkpoint_from_before_an_option_existed_has_its_default(train, resume, capsys):
+    assert train("--max_iters=4") == 0
+    path = Path("run/ckpt.safetensors")
+    tensors, meta = checkpoint.load(path)
+    del meta["model_config"]["softcap"], meta["run_config"]["optimizer"]
+    checkpoint.save(path, tensors, meta)
+    for option, before in (("softcap=15", "softcap=0.0"), ("optimizer=muon", "optimizer=adamw")):
+        assert resume(f"--{option}") == 2
+        assert f"{path} was made with {before}" in capsys.readouterr().err
+    assert resume("--max_iters=6") == 0
+
+
 def test_evaluation_only(train, capsys):
     assert train() == 0
     last = [row for row in rows() if row["val_loss"]][-1]
@@ -394,8 +424,9 @@ def test_a_diverging_run_ends_with_3_and_keeps_its_checkpoint(train, capsys):
         assert all(t.isfinite().all() for t in tensors.values()), path
 
 
-def test_nothing_that_is_no_number_reaches_the_weights(train, data_dir, monkeypatch):
-    """A single bad loss, and no later update either: the flag on the device stays up."""
+@pytest.mark.parametrize("parts", [[], MODERN], ids=["gpt2", "modern"])
+def test_nothing_that_is_no_number_reaches_the_weights(train, data_dir, monkeypatch, parts):
+    """A single bad gradient, and no later update either: the flag on the device stays up."""
     import train as script
 
     seen = []
@@ -404,14 +435,13 @@ def test_nothing_that_is_no_number_reaches_the_weights(train, data_dir, monkeypa
     def poisoned(run, idx, targets):
         loss = original(run, idx, targets)
         if run.progress.iter_num == 7:
-            run.model.wte.weight.grad[0, 0] = math.nan
-        seen.append(
-            (run.progress.iter_num, {n: p.clone() for n, p in run.model.named_parameters()})
-        )
+            run.model.h[0].mlp.c_fc.weight.grad[0, 0] = math.nan
+        now = {**dict(run.model.named_parameters()), **script.optimizer_tensors(run)}
+        seen.append((run.progress.iter_num, {n: p.clone() for n, p in now.items()}))
         return loss
 
     monkeypatch.setattr(script, "forward_backward", poisoned)
-    assert train("--max_iters=20", "--log_interval=10", "--eval_interval=20") == 3
+    assert train("--max_iters=20", "--log_interval=10", "--eval_interval=20", *parts) == 3
     after = {iter_num: params for iter_num, params in seen if iter_num >= 7}
     assert sorted(after) == [7, 8, 9], "noticed at the next log"
     assert same(after[7], after[9])

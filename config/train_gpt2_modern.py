@@ -1,0 +1,23 @@
+"""GPT-2's shape with newer parts, a head of its own (162M in all) and Muon, on GPT-2's tokens.
+
+python train.py config/train_gpt2_modern.py --dataset=NAME
+
+Hardware: a large GPU; time and loss are not yet measured.
+"""
+
+dataset = "shakespeare"  # name a larger one: these 300,000 tokens only show that it runs
+out_dir = "out/gpt2_modern"
+
+block_size = 1024
+vocab_size = 50304  # 50,257 padded to a multiple of 128, which GPUs multiply faster
+activation, bias = "gelu", False
+rotary, qk_norm, tied_head, zero_init, softcap = True, True, False, True, 15.0
+
+batch_size = 512
+micro_batch_size = 16
+max_iters = 19000
+optimizer, muon_lr, learning_rate = "muon", 0.02, 2e-3
+schedule = "linear"
+
+eval_interval = 1000
+snapshot_interval = 5000
