@@ -2,50 +2,60 @@
 
     python tests/bench/attention_cpu.py [ROUNDS]
 
-Medians in ms of: SDPA in float32, in bfloat16, in float32 with dropout 0.2 on the attention
-weights, and softmax(q k^T) v written out with that dropout. They take turns.
+Medians in ms, from bfloat16 and back to it, of SDPA in float32, in bfloat16, and in float32 with
+dropout 0.2 on the attention weights, and of softmax(q k^T) v written out in bfloat16. attend() has
+the last for short contexts and SDPA for long ones. They take turns.
 """
 
-import math
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-SHAPES = [(12, 4, 64, 32), (8, 6, 256, 64), (4, 6, 512, 64), (2, 12, 1024, 64)]  # B, n_head, T, D
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import model  # noqa: E402
+
+SHAPES = [  # B, T, n_head, head_dim
+    (12, 64, 4, 32),
+    (24, 128, 2, 64),
+    (16, 256, 6, 64),
+    (8, 512, 6, 64),
+    (4, 1024, 12, 64),
+    (1, 4096, 12, 64),
+]
 
 
-def sdpa(dtype: torch.dtype, dropout: float):
+def sdpa(dtype: torch.dtype, dropout: float = 0.0):
     def attention(qkv):
-        parts = qkv.to(dtype).unbind(2)
-        return F.scaled_dot_product_attention(*parts, dropout_p=dropout, is_causal=True)
+        q, k, v = (x.to(dtype).transpose(1, 2) for x in qkv.unbind(2))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return y.transpose(1, 2).bfloat16()
 
     return attention
 
 
 def written_out(qkv):
-    q, k, v = qkv.unbind(2)
-    T = q.shape[2]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
-    return F.dropout(scores.softmax(-1), 0.2) @ v
+    return model.written_out(*qkv.unbind(2))
 
 
 KINDS = {
-    "float32": sdpa(torch.float32, 0),
-    "bfloat16": sdpa(torch.bfloat16, 0),
+    "float32": sdpa(torch.float32),
+    "bfloat16": sdpa(torch.bfloat16),
     "float32, dropout": sdpa(torch.float32, 0.2),
-    "written out, dropout": written_out,
+    "bfloat16, written out": written_out,
 }
 
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 11
-    print(f"{'B, heads, T, D':>20}" + "".join(f"{name:>22}" for name in KINDS))
-    for B, H, T, D in SHAPES:
-        qkv = torch.randn(B, H, 3, T, D, requires_grad=True)
+    print(f"{'B, T, heads, D':>20}" + "".join(f"{name:>24}" for name in KINDS))
+    for shape in SHAPES:
+        B, T, H, D = shape
+        qkv = torch.randn(B, T, 3, H, D, dtype=torch.bfloat16, requires_grad=True)
         times = {name: [] for name in KINDS}
         for i in range(rounds + 2):
             for name, attention in KINDS.items():
@@ -54,8 +64,8 @@ def main() -> None:
                 y.backward(torch.ones_like(y))
                 if i >= 2:
                     times[name].append(1000 * (time.perf_counter() - began))
-        row = "".join(f"{statistics.median(column):19.2f} ms" for column in times.values())
-        print(f"{f'{B}, {H}, {T}, {D}':>20}{row}", flush=True)
+        row = "".join(f"{statistics.median(column):21.2f} ms" for column in times.values())
+        print(f"{', '.join(map(str, shape)):>20}{row}", flush=True)
 
 
 if __name__ == "__main__":

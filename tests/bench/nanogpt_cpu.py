@@ -65,9 +65,8 @@ def nanogpt(checkout: Path, text: Path, seed: int) -> tuple[float, float, float]
 def folio(text: Path, seed: int) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), str(ROOT / "prepare.py"), "shakespeare_char", f"--input={text}")
-        recipe = str(ROOT / "config/shakespeare_char_cpu.py")
-        options = [*RECIPE, "--learning_rate=1e-3", "--min_lr=1e-4", "--schedule=cosine"]
-        options += ["--eval_interval=1000", f"--seed={seed}"]
+        recipe = str(ROOT / "config/shakespeare_char_gpt2.py")
+        options = [*RECIPE, "--eval_interval=1000", "--log_interval=50", f"--seed={seed}"]
         output, seconds = run(Path(folder), str(ROOT / "train.py"), recipe, *options)
     speeds = [float(s.replace(",", "")) for s in re.findall(r"([\d,]+) tokens/s", output)]
     losses = re.findall(r"iter 2,000: .* val loss ([\d.]+)", output)

@@ -1,0 +1,65 @@
+"""What each modern part gains: the recipe less one part, and GPT-2 with one part, over seeds.
+
+    python tests/bench/ablation.py INPUT [SEEDS] [UPDATES]
+
+INPUT is tiny Shakespeare's input.txt. The recipe is config/shakespeare_char_cpu.py, with fewer
+updates; where AdamW updates all of the weights it gets the learning rate that suits it better.
+Printed are the seconds of training, medians of the loss after the last update on the whole
+validation text and on either half, and the largest less the smallest loss over the seeds. Seeds
+take turns.
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from shakespeare import ROOT, prepare, train
+
+OFF = {  # what takes a part out
+    "Muon": "--optimizer=adamw --learning_rate=4e-3",
+    "rotary positions": "--rotary=False",
+    "QK-norm": "--qk_norm=False",
+    "untied head": "--tied_head=True",
+    "soft-cap": "--softcap=0",
+    "zero init": "--zero_init=False",
+    "exact GELU": "--activation=gelu_tanh",
+}
+GPT2 = " ".join(OFF.values())
+VARIANTS = {
+    "the recipe": "",
+    **{f"less {part}": words for part, words in OFF.items()},
+    "with RMSNorm": "--norm=rmsnorm",
+    "with ReLU^2": "--activation=relu2",
+    "GPT-2": GPT2,
+    **{f"GPT-2, {p}": " ".join(w for q, w in OFF.items() if q != p) for p in OFF},
+}
+
+
+def main() -> None:
+    text = Path(sys.argv[1]).resolve()
+    seeds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    updates = int(sys.argv[3]) if len(sys.argv) > 3 else 300
+    recipe = [str(ROOT / "config/shakespeare_char_cpu.py"), f"--max_iters={updates}"]
+    results = {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), text)
+        for seed in range(1337, 1337 + seeds):
+            for name, words in VARIANTS.items():
+                options = [*recipe, *words.split(), f"--seed={seed}", f"--eval_interval={updates}"]
+                results[name].append(train(Path(folder), *options))
+    print(f"{'':26}{'training':>10}{'loss':>9}{'first half':>12}{'second':>9}{'spread':>9}")
+    for name, runs in results.items():
+        median = {
+            field: statistics.median(getattr(r, field) for r in runs)
+            for field in ("training", "loss", "first", "second")
+        }
+        spread = max(r.loss for r in runs) - min(r.loss for r in runs)
+        print(
+            f"{name:26}{median['training']:8.1f} s{median['loss']:9.4f}{median['first']:12.4f}"
+            f"{median['second']:9.4f}{spread:9.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Seconds of a whole `python train.py` to a loss on tiny Shakespeare, over seeds.
+
+    python tests/bench/time_to_loss.py INPUT [SEEDS]
+
+INPUT is tiny Shakespeare's input.txt. The recipes and their lengths were chosen beforehand, by the
+first half of the validation text; the loss is that of the last update, on the whole of it and on
+either half. The process includes imports, evaluations, saving, the picture and a sample.
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from shakespeare import ROOT, prepare, train
+
+RECIPE = "config/shakespeare_char_cpu.py"  # what `python train.py` takes
+ROWS = {  # what is aimed at: the words after `python train.py`
+    "1.898": "--n_layer=2 --block_size=64 --batch_size=12 --learning_rate=16e-3 --num_samples=0 "
+    "--max_iters=320 --eval_interval=320",
+    "quick start": "",
+    "1.4697": "--max_iters=1150 --eval_interval=575",
+}
+
+
+def main() -> None:
+    text = Path(sys.argv[1]).resolve()
+    seeds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    print(f"{'aim':12}{'seed':>8}{'wall':>10}{'training':>10}{'loss':>9}{'halves':>16}")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        prepare(folder, text)
+        for aim, words in ROWS.items():
+            results = []
+            for seed in range(1337, 1337 + seeds):
+                r = train(folder, str(ROOT / RECIPE), *words.split(), f"--seed={seed}")
+                results.append(r)
+                row = f"{r.wall:8.1f} s{r.training:8.1f} s{r.loss:9.4f}"
+                print(f"{aim:12}{seed:8}{row}{r.first:8.4f}{r.second:8.4f}", flush=True)
+            wall = statistics.median(r.wall for r in results)
+            loss = statistics.median(r.loss for r in results)
+            print(f"{aim:12}{'median':>8}{wall:8.1f} s{'':10}{loss:9.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
