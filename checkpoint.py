@@ -55,7 +55,7 @@ META = {  # what train.py puts into the header, beside `format`
     "threads": int,
 }
 SYNCED = 1 << 26  # bytes written between syncs
-AHEAD = 8  # tensors that may be written before they are hashed
+AHEAD = 2 * SYNCED  # bytes that may be written before they are hashed
 O_BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 DIGEST = {"dtype": "U8", "shape": [32]}
 DTYPES = {
@@ -114,14 +114,17 @@ def _write_file(path: Path, blocks: Iterable[memoryview | bytes], partial: Path)
 
 def _with_digest(blocks: Iterable[memoryview]) -> Iterator[memoryview | bytes]:
     """The blocks and then their SHA-256, which is taken while the caller writes them."""
-    digest, pending = hashlib.sha256(), deque()
+    digest, pending, ahead = hashlib.sha256(), deque(), 0
     with ThreadPoolExecutor(1) as pool:
         for block in blocks:
-            pending.append(pool.submit(digest.update, block))
+            pending.append((pool.submit(digest.update, block), len(block)))
+            ahead += len(block)
             yield block
-            if len(pending) > AHEAD:
-                pending.popleft().result()
-        for hashed in pending:
+            while ahead > AHEAD:
+                hashed, size = pending.popleft()
+                hashed.result()
+                ahead -= size
+        for hashed, _ in pending:
             hashed.result()
     yield digest.digest()
 
