@@ -452,7 +452,8 @@ def memory_needed(cfg: TrainConfig, model: LanguageModel) -> int:
     tokens = cfg.micro_batch_size * cfg.block_size
     width = 4 if cfg.dtype == "float32" else 2
     numbers = model.activations_per_token()
-    if cfg.device == "cpu" and cfg.dtype == "bfloat16" and cfg.block_size <= LONGEST_WRITTEN_OUT:
+    on_cpu = cfg.device == "cpu" and cfg.dtype == "bfloat16"
+    if cfg.model == "gpt" and on_cpu and cfg.block_size <= LONGEST_WRITTEN_OUT:
         numbers += 2 * cfg.n_layer * cfg.n_head * cfg.block_size  # attention's weights
     return 16 * model.n_params() + width * tokens * numbers
 

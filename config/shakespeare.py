@@ -2,7 +2,7 @@
 
 python train.py config/shakespeare.py
 
-Hardware: any. On 2 CPU cores @@SHT@@ of training, to a loss of @@SHL@@.
+Hardware: any; time and loss are not yet measured.
 """
 
 dataset = "shakespeare"
