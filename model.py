@@ -249,12 +249,15 @@ class GPT(LanguageModel):
         """
         from safetensors import safe_open  # here, so that this file needs torch alone
 
-        with torch.device("meta"), Undrawn():
-            model = cls(config_from_gpt2(json.loads((folder / "config.json").read_text("utf-8"))))
-        expected = {name: p.shape for name, p in model.named_parameters()}
-        weights = {}
+        config = config_from_gpt2(json.loads((folder / "config.json").read_text("utf-8")))
         with safe_open(folder / "model.safetensors", "pt") as file:
-            for stored_name in file.keys():  # noqa: SIM118 (it is no dict)
+            stored_names, weights = file.keys(), {}
+            if config.n_layer > len(stored_names):
+                raise ValueError(f"{len(stored_names)} tensors are not n_layer={config.n_layer}")
+            with torch.device("meta"), Undrawn():
+                model = cls(config)
+            expected = {name: p.shape for name, p in model.named_parameters()}
+            for stored_name in stored_names:
                 name = stored_name.removeprefix("transformer.")
                 if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", name):
                     continue  # the causal mask; the head, which is wte
@@ -356,6 +359,8 @@ FIXED = {  # what config.json may also say, and where this model is the only way
 
 def config_from_gpt2(about: dict) -> GPTConfig:
     """GPTConfig from a config.json; ValueError names what this model does not have."""
+    if type(about) is not dict:
+        raise ValueError("config.json is no JSON object")
     for name, value in FIXED.items():
         if about.get(name, value) != value:
             raise ValueError(f"config.json: {name}={about[name]}, but this model has {value}")
@@ -366,8 +371,8 @@ def config_from_gpt2(about: dict) -> GPTConfig:
     if missing := [name for name in SIZES.values() if type(about.get(name)) is not int]:
         raise ValueError(f"config.json: {missing[0]} is missing, or is no whole number")
     sizes = {name: about[theirs] for name, theirs in SIZES.items()}
-    if min(sizes.values()) < 1:
-        raise ValueError("config.json: sizes must be at least 1")
+    if not all(1 <= size <= 10**8 for size in sizes.values()):
+        raise ValueError("config.json: sizes must be in [1, 1e8]")
     return GPTConfig(**sizes, activation=ours)
 
 

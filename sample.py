@@ -23,6 +23,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 import checkpoint
 import config
@@ -160,7 +161,7 @@ def load_pretrained(name: str, cache_dir: str) -> tuple[GPT, dict] | None:
         return None
     try:
         model = GPT.from_pretrained(folder)
-    except Exception as error:  # a foreign file may make the libraries raise anything
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{name} is no model that can be used: {error}") from None
     tok = {"kind": "gpt2"} if name in GPT2 else tokenizer.stored_in(folder)
     meta = {

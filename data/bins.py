@@ -29,6 +29,14 @@ SPLITS = ("train", "val")
 IGNORED = -1  # a target that counts for nothing: beyond the end of the split
 CHECKED = 2**24  # ids of a split that are checked when it is opened; the others when drawn
 BIGRAM_TOKENS = 5_000_000  # enough for a baseline, counted in seconds
+MALFORMED = (  # what JSON of another content than expected makes its reader raise
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 ROUNDS = 6  # of the Feistel network; four suffice against correlation, small domains want more
 
 
@@ -145,17 +153,20 @@ def load(folder: Path) -> Dataset:
     try:
         meta = _read_meta(folder)
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
-        vocab_size = int(meta["vocab_size"])
+        vocab_size = meta["vocab_size"]
+        _check_count("vocab_size", vocab_size, 2**32)
         splits, digests = {}, []
         for name in SPLITS:
             path, about = folder / f"{name}.bin", meta["splits"][name]
-            size, n_tokens = path.stat().st_size, about["tokens"]
+            size, n_tokens, n_bytes = path.stat().st_size, about["tokens"], about["bytes"]
             if n_tokens is None:  # nanoGPT's bins do not say
                 n_tokens = size // dtype.itemsize
+            if n_bytes is not None:
+                _check_count(f"{name}'s bytes", n_bytes, 2**50)
             if size != n_tokens * dtype.itemsize:
                 raise UserError(f"{path} has {size} bytes, not {n_tokens} {dtype} tokens; {again}")
             tokens = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
-            splits[name] = Split(path, tokens, vocab_size, about["bytes"])
+            splits[name] = Split(path, tokens, vocab_size, n_bytes)
             splits[name].check(tokens[:CHECKED])
             digests.append(str(about["sha256"] or f"{size} bytes"))
         return Dataset(
@@ -169,7 +180,7 @@ def load(folder: Path) -> Dataset:
         raise UserError(f"{error.filename} is missing; {again}") from None
     except UserError:
         raise
-    except Exception as error:  # JSON of any content may stand there
+    except MALFORMED as error:
         kind = type(error).__name__
         raise UserError(f"{folder}/meta.json cannot be read ({kind}: {error}); {again}") from None
 
@@ -187,6 +198,11 @@ def _read_meta(folder: Path) -> dict:
         "tokenizer": {"kind": "gpt2"},
         "splits": dict.fromkeys(SPLITS, unknown),
     }
+
+
+def _check_count(name: str, value: object, largest: int) -> None:
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(f"{name} must be a whole number in [1, {largest}], not {value!r:.20}")
 
 
 def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_bins
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +80,41 @@ def test_random_meta_json_and_bins(meta, data):
             (Path(folder) / f"{split}.bin").write_bytes(data)
         load_or_refuse(bins.load, Path(folder))
         load_or_refuse(tokenizer.stored_in, Path(folder))
+
+
+PLACES = [("format",), ("dtype",), ("vocab_size",), ("tokenizer",), ("splits",), ("sources",)]
+PLACES += [("splits", "val"), *(("splits", "val", x) for x in ("tokens", "bytes", "sha256"))]
+
+
+@quick
+@given(st.sampled_from(PLACES), JSON | st.sampled_from([0, -1, 10**400, "uint32", "7"]))
+def test_a_meta_json_with_one_thing_changed(place, value):
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "data"
+        write_bins(folder, np.arange(40) % 7, 7)
+        meta = json.loads((folder / "meta.json").read_text())
+        about = meta
+        for key in place[:-1]:
+            about = about[key]
+        about[place[-1]] = value
+        (folder / "meta.json").write_text(json.dumps(meta))
+        try:
+            dataset = bins.load(folder)
+        except UserError as error:
+            assert "data" in str(error)
+            return
+        idx, _ = dataset.val.batch(np.array([0, 35]), 8)
+        assert idx.max() < dataset.vocab_size
+        assert dataset.val.n_bytes is None or 0 < len(idx) / dataset.val.n_bytes < np.inf
+        load_or_refuse(tokenizer.load, dataset.tokenizer)
+
+
+def test_a_meta_json_too_deep_to_read(tmp_path):
+    for split in bins.SPLITS:
+        (tmp_path / f"{split}.bin").write_bytes(b"")
+    (tmp_path / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="meta.json cannot be read"):
+        bins.load(tmp_path)
 
 
 @quick

@@ -133,7 +133,10 @@ def test_the_files_of_the_hub_have_other_names(folder, tmp_path):
         (lambda t, a: a.update(model_type="llama"), "model_type=llama, but this model has gpt2"),
         (lambda t, a: a.pop("n_head"), "n_head is missing"),
         (lambda t, a: a.update(n_head=3), "n_embd=32 does not divide"),
-        (lambda t, a: a.update(n_layer=-1), "sizes must be at least 1"),
+        (lambda t, a: a.update(n_layer=-1), "sizes must be in"),
+        (lambda t, a: a.update(n_layer=10**8), "28 tensors are not n_layer=100000000"),
+        (lambda t, a: a.update(n_embd=10**8), r"gives shape \(.*\), not \("),
+        (lambda t, a: a.update(n_embd=2 * 10**30), "sizes must be in"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(folder, tmp_path, capsys, change, says):
@@ -146,6 +149,14 @@ def test_what_does_not_fit_is_named(folder, tmp_path, capsys, change, says):
     (tmp_path / "config.json").write_text(json.dumps(about))
     with pytest.raises(sample.UserError, match=says):
         sample.load_model(str(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"7", b"{", b"\xff", b"[" * 100_000])
+def test_a_config_that_is_none_is_refused(folder, tmp_path, text):
+    shutil.copytree(folder, tmp_path / "odd")
+    (tmp_path / "odd/config.json").write_bytes(text)
+    with pytest.raises(sample.UserError, match="is no model that can be used"):
+        sample.load_model(str(tmp_path / "odd"), CPU)
 
 
 def test_truncated_weights_are_refused(folder, tmp_path):

@@ -12,13 +12,12 @@ times 20 batches of either split; Folio twice, the whole of either split.
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from shakespeare import ROOT, prepare, run, train
+
 SHAPE = ["--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=64", "--batch_size=12"]
 RECIPE = [*SHAPE, "--max_iters=2000", "--dropout=0.0", "--device=cpu", "--compile=False"]
 NANOGPT_EVALUATION = """
@@ -35,16 +34,6 @@ with torch.no_grad():
         total += model(window[:, :-1], window[:, 1:])[1].item() * (window.shape[1] - 1)
 print("loss", total / (len(ids) - 1))
 """
-
-
-def run(folder: Path, *command: str) -> tuple[str, float]:
-    """The output of `python COMMAND` in `folder`, and the seconds that it took."""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    return done.stdout, seconds
 
 
 def nanogpt(checkout: Path, text: Path, seed: int) -> tuple[float, float, float]:
@@ -64,13 +53,11 @@ def nanogpt(checkout: Path, text: Path, seed: int) -> tuple[float, float, float]
 
 def folio(text: Path, seed: int) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder), str(ROOT / "prepare.py"), "shakespeare_char", f"--input={text}")
+        prepare(Path(folder), text)
         recipe = str(ROOT / "config/shakespeare_char_gpt2.py")
         options = [*RECIPE, "--eval_interval=1000", "--log_interval=50", f"--seed={seed}"]
-        output, seconds = run(Path(folder), str(ROOT / "train.py"), recipe, *options)
-    speeds = [float(s.replace(",", "")) for s in re.findall(r"([\d,]+) tokens/s", output)]
-    losses = re.findall(r"iter 2,000: .* val loss ([\d.]+)", output)
-    return seconds, 1000 * 12 * 64 / statistics.median(speeds), float(losses[0])
+        result = train(Path(folder), recipe, *options)
+    return result.wall, 1000 * 12 * 64 / result.speed, result.loss
 
 
 def main() -> None:

@@ -11,18 +11,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import config  # noqa: E402
 import train  # noqa: E402
 from data import bins  # noqa: E402
 
-MODERN = {
-    "activation": "gelu",
-    "rotary": True,
-    "qk_norm": True,
-    "tied_head": False,
-    "softcap": 15.0,
-    "zero_init": True,
-    "optimizer": "muon",
-}
+RECIPE = config.read(train.TrainConfig, [str(ROOT / "config/shakespeare_char_cpu.py")])
 
 
 @contextmanager
@@ -38,6 +31,5 @@ def noise(vocab_size: int = 65, n_tokens: int = 20_000) -> Iterator[Path]:
 
 
 def make_run(folder: Path, **options) -> train.Run:
-    options = {"vocab_size": 65, "bias": False, **options}
     cfg = train.choose_machine(train.TrainConfig(**options), None)
     return train.make_run(cfg, bins.load(folder), {}, {}, None)

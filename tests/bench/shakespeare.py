@@ -1,6 +1,7 @@
 """What the benchmarks of whole runs share: train.py in a process of its own, and its losses."""
 
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import metrics  # noqa: E402
 from data import bins  # noqa: E402
 from sample import load_model  # noqa: E402
 
@@ -21,27 +23,34 @@ from sample import load_model  # noqa: E402
 class Result:
     wall: float  # seconds of the whole process
     training: float  # seconds of it that trained
+    speed: float  # tokens trained on in a second, the median of metrics.csv
     loss: float  # after the last update, nats per token of the whole validation text
     first: float  # of its first half, by which choices are made
     second: float  # and of its second half
 
 
+def run(folder: Path, *command: str) -> tuple[str, float]:
+    """The output of `python COMMAND` in `folder`, and the seconds that it took."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    return done.stdout, seconds
+
+
 def prepare(folder: Path, text: Path) -> None:
     """Build data/shakespeare_char in `folder`."""
-    argv = [str(ROOT / "prepare.py"), "shakespeare_char", f"--input={text}"]
-    subprocess.run([sys.executable, *argv], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    run(folder, str(ROOT / "prepare.py"), "shakespeare_char", f"--input={text}")
 
 
 def train(folder: Path, *words: str) -> Result:
     """Call train.py in `folder`; the run is in out/bench there."""
-    command = [sys.executable, str(ROOT / "train.py"), *words, "--out_dir=out/bench"]
-    began = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    wall = time.perf_counter() - began
-    if done.returncode:
-        sys.exit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
-    training, loss = re.findall(r"val loss ([\d.]+).*; ([\d.]+) s training", done.stdout)[-1][::-1]
-    return Result(wall, float(training), float(loss), *halves(folder))
+    output, wall = run(folder, str(ROOT / "train.py"), *words, "--out_dir=out/bench")
+    loss, training = re.findall(r"val loss ([\d.]+).*; ([\d.]+) s training", output)[-1]
+    rows = metrics.read(folder / "out/bench/metrics.csv")
+    speeds = [float(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]]
+    return Result(wall, float(training), statistics.median(speeds), float(loss), *halves(folder))
 
 
 @torch.inference_mode()

@@ -2,10 +2,10 @@
 
     python tests/bench/steps.py [ROUNDS]
 
-Medians in ms of the parts of one update with the newer parts, eager: gathering the batch, forward,
-backward, the optimizers with the norm of the gradient; then tokens a second, the FLOPs of
-flops_per_token() in a second, and the most MiB that a process held beyond its imports, weights and
-moments included. Every shape has a process of its own.
+Medians in ms of the parts of one update, for models made as config/shakespeare_char_cpu.py makes
+them: gathering the batch, forward, backward, the optimizers with the norm of the gradient; then
+tokens a second, the FLOPs of flops_per_token() in a second, and the most MiB that a process held
+beyond its imports, weights and moments included. Every shape has a process of its own.
 """
 
 import json
@@ -18,12 +18,12 @@ import time
 
 import numpy as np
 import torch
-from noise import MODERN, make_run, noise, train
+from noise import RECIPE, make_run, noise, train
 
 from data import bins
 
 SHAPES = [  # what, n_layer, n_head, n_embd, block_size, batch_size
-    ("small", 4, 2, 128, 128, 24),
+    ("quick", 4, 2, 128, 256, 16),
     ("baby", 6, 6, 384, 256, 64),
     ("GPT-2", 12, 12, 768, 1024, 2),
     *(("block", 4, 4, 256, 2**k, 2 ** (13 - k)) for k in range(6, 13)),  # 8,192 tokens each
@@ -39,7 +39,7 @@ def one(shape: list, rounds: int) -> dict:
     vocab_size = 50257 if sizes["n_embd"] == 768 else 65
     with noise(vocab_size) as folder:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run = make_run(folder, **sizes, **MODERN, vocab_size=vocab_size)
+        run = make_run(folder, **{**RECIPE, **sizes, "vocab_size": vocab_size})
         cfg, split = run.cfg, run.dataset.train
         seconds = {part: [] for part in PARTS}
         for i in range(rounds + 2):
