@@ -1,5 +1,6 @@
 """What the benchmarks of whole runs share: train.py in a process of its own, and its losses."""
 
+import json
 import re
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ class Result:
     loss: float  # after the last update, nats per token of the whole validation text
     first: float  # of its first half, by which choices are made
     second: float  # and of its second half
+    options: dict  # by which it was trained
 
 
 def run(folder: Path, *command: str) -> tuple[str, float]:
@@ -50,7 +52,9 @@ def train(folder: Path, *words: str) -> Result:
     loss, training = re.findall(r"val loss ([\d.]+).*; ([\d.]+) s training", output)[-1]
     rows = metrics.read(folder / "out/bench/metrics.csv")
     speeds = [float(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]]
-    return Result(wall, float(training), statistics.median(speeds), float(loss), *halves(folder))
+    options = json.loads((folder / "out/bench/run.json").read_text("utf-8"))["options"]
+    speed = statistics.median(speeds)
+    return Result(wall, float(training), speed, float(loss), *halves(folder), options)
 
 
 @torch.inference_mode()
