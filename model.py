@@ -37,13 +37,11 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms
 
     # parts that are newer than GPT-2; the defaults are its own
-    activation: Literal["gelu_tanh", "gelu", "relu2"] = "gelu_tanh"  # of the MLP; gelu: the exact
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # of the MLP
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm: without parameters
     rotary: bool = False  # positions turn queries and keys; wpe goes
     qk_norm: bool = False  # LayerNorm of each query and key
-    tied_head: bool = True  # lm_head shares wte's weights
-    softcap: Annotated[float, "[0, inf)"] = 0.0  # largest size of a logit; 0: any
-    zero_init: bool = False  # sublayers, and a head of its own, begin by adding nothing
+    n_kv_head: Annotated[int, "[0, 1000]"] = 0  # heads of keys and values; 0: as many as n_head
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -52,6 +50,8 @@ class GPTConfig:
                 f"n_embd={self.n_embd} does not divide among n_head={self.n_head}; "
                 f"n_embd={near or self.n_head} or {near + self.n_head} would"
             )
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(
                 f"rotary turns pairs, but n_embd={self.n_embd} among n_head={self.n_head} makes "
@@ -62,28 +62,34 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.qk_norm = config.qk_norm
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        n_vectors = self.n_head + 2 * self.n_kv_head  # queries, keys, values
+        width = n_vectors * (config.n_embd // config.n_head)
+        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
-        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=2)
+        qkv = self.c_attn(x).view(B, T, -1, C // self.n_head)
+        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
         if self.qk_norm:
             qk = F.layer_norm(qk, qk.shape[-1:])
         if turns is not None:
             qk = rotate(qk, turns)
-        q, k = qk.chunk(2, dim=2)  # (B, T, n_head, head_dim)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=2)  # (B, T, n_head, head_dim)
         return self.c_proj(attend(q, k, v).reshape(B, T, C))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        hidden = into = 4 * config.n_embd
+        if config.activation == "swiglu":  # three matrices in place of two, of as many weights
+            hidden = 64 * max(1, round(config.n_embd * 8 / 3 / 64))
+            into = 2 * hidden
+        self.c_fc = nn.Linear(config.n_embd, into, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,8 +176,7 @@ class GPT(LanguageModel):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied_head:
-            self.lm_head.weight = self.wte.weight
+        self.lm_head.weight = self.wte.weight
         self.init_weights()
 
     @torch.no_grad()
@@ -183,8 +188,6 @@ class GPT(LanguageModel):
         | wte (and with it lm_head), wpe       | N(0, 0.02)                  |
         | attn.c_attn, mlp.c_fc: weight        | N(0, 0.02)                  |
         | attn.c_proj, mlp.c_proj: weight      | N(0, 0.02 / sqrt(2 n_layer))|
-        | lm_head, where it is not wte         | N(0, 0.02)                  |
-        | with zero_init the last two          | 0                           |
         | LayerNorms: weight                   | 1                           |
         | every bias                           | 0                           |
 
@@ -196,8 +199,6 @@ class GPT(LanguageModel):
                 p.zero_()
             elif p.dim() == 1:
                 p.fill_(1)
-            elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
-                p.zero_()
             elif name.endswith("c_proj.weight"):
                 p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer))
             else:
@@ -218,8 +219,6 @@ class GPT(LanguageModel):
         for block in self.h:
             x = block(x, turns)
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
-        if c.softcap:
-            logits = c.softcap * torch.tanh(logits / c.softcap)
         return logits, token_loss(logits, targets)
 
     def flops_per_token(self) -> int:
@@ -324,10 +323,10 @@ def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:
     fitted = dict(tensors)
     if "model.h.0.attn.c_attn.weight" not in tensors:  # the bigram model has nothing to fit
         return fitted
-    for name in {"model.wte.weight", "model.lm_head.weight"} & tensors.keys():
-        rows = tensors[name]
-        if (missing := cfg.vocab_size - len(rows)) > 0:
-            fitted[name] = torch.cat((rows, rows.mean(0, keepdim=True).expand(missing, -1)))
+    wte = tensors["model.wte.weight"]
+    if (missing := cfg.vocab_size - len(wte)) > 0:
+        new = wte.mean(0, keepdim=True).expand(missing, -1)
+        fitted["model.wte.weight"] = torch.cat((wte, new))
     if (wpe := tensors.get("model.wpe.weight")) is not None:
         fitted["model.wpe.weight"] = wpe[: cfg.block_size]
     return fitted
@@ -381,7 +380,7 @@ def config_to_gpt2(config: GPTConfig) -> dict:
     gpt2 = GPTConfig()
     foreign = [
         f"{name}={getattr(config, name)}"
-        for name in ("norm", "rotary", "qk_norm", "tied_head", "softcap")
+        for name in ("norm", "rotary", "qk_norm", "n_kv_head")
         if getattr(config, name) != getattr(gpt2, name)
     ]
     if config.activation not in GPT2_ACTIVATIONS:
@@ -419,10 +418,17 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """silu(a) * b of the halves a and b of x (Shazeer 2020, "GLU Variants")."""
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
 ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "relu2": relu2,
+    "swiglu": swiglu,
 }
 
 
@@ -444,10 +450,13 @@ def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, (B, T, n_head, head_dim) for each: softmax(q k^T / sqrt(head_dim)) v.
+    """Causal attention: softmax(q k^T / sqrt(head_dim)) v, shaped as q (B, T, n_head, head_dim).
 
-    Without dropout on the weights, which would take SDPA off its fused path (README).
+    Each of k and v (B, T, n_kv_head, head_dim) serves n_head / n_kv_head queries (Ainslie et al.
+    2023, "GQA"). Without dropout on the weights, which would take SDPA off its fused path (README).
     """
+    if (queries := q.shape[2] // k.shape[2]) > 1:
+        k, v = (x.repeat_interleave(queries, dim=2) for x in (k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= LONGEST_WRITTEN_OUT:
         return written_out(q, k, v)  # which is faster there (README)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, n_head, T, head_dim)

@@ -334,8 +334,7 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
     """
     resuming = given["init_from"] == "resume"
     saved = {"model": meta["model"], **asdict(GPTConfig()), **meta["model_config"]}
-    free = {"dropout"} if resuming else {"dropout", "zero_init"}
-    fixed = [name for name in saved if name not in free]
+    fixed = [name for name in saved if name != "dropout"]
     if resuming:
         if "micro_batch_size" not in meta["run_config"]:
             raise UserError(f"{path} was not trained here; to begin from it: --init_from={path}")
@@ -539,7 +538,11 @@ def make_optimizers(model: LanguageModel, cfg: TrainConfig) -> list[torch.optim.
         }
     if not matrices:
         return [adamw]
-    pieces = [3 if name.endswith("c_attn.weight") else 1 for name in matrices]  # q, k and v
+    # of c_attn the values, the keys, and the queries that meet the same keys, each for itself
+    pieces = [
+        cfg.n_head // (cfg.n_kv_head or cfg.n_head) + 2 if name.endswith("c_attn.weight") else 1
+        for name in matrices
+    ]
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
     muon = Muon(list(matrices.values()), pieces, cfg.muon_lr, cfg.beta1, cfg.weight_decay, dtype)
     return [adamw, muon]

@@ -1,4 +1,4 @@
-"""GPT-2's shape with newer parts, a head of its own (162M in all) and Muon, on GPT-2's tokens.
+"""GPT-2's shape with newer parts and Muon, on a data set in GPT-2's tokens.
 
 python train.py config/train_gpt2_modern.py --dataset=NAME
 
@@ -11,7 +11,7 @@ out_dir = "out/gpt2_modern"
 block_size = 1024
 vocab_size = 50304  # 50,257 padded to a multiple of 128, which GPUs multiply faster
 activation, bias = "gelu", False
-rotary, qk_norm, tied_head, zero_init, softcap = True, True, False, True, 15.0
+rotary, qk_norm = True, True
 
 batch_size = 512
 micro_batch_size = 16

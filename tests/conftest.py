@@ -27,8 +27,7 @@ SMALL = (
 ).split()
 # and with every part that is not GPT-2's
 MODERN = (
-    "--activation=relu2 --norm=rmsnorm --rotary --qk_norm --tied_head=False --softcap=15 "
-    "--zero_init --optimizer=muon"
+    "--activation=relu2 --norm=rmsnorm --rotary --qk_norm --n_kv_head=1 --optimizer=muon"
 ).split()
 
 needs_shakespeare = pytest.mark.skipif(

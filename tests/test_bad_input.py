@@ -107,7 +107,7 @@ CASES = (
         # what does not go together
         (training.main, "--n_embd=30 --n_head=4", "n_embd=28 or 32 would"),
         (training.main, "--n_embd=6 --n_head=2 --rotary", "makes heads of 3; an even number would do"),
-        (training.main, "--softcap=-1", "softcap must be"),
+        (training.main, "--n_kv_head=-1", "n_kv_head must be"),
         (training.main, "--optimizer=sgd", "optimizer must be one of adamw, muon"),
         (training.main, "--optimizer=muon --muon_lr=0", "muon_lr must be"),
         (training.main, "--init_from=RUN --rotary", "made with rotary=False"),

@@ -20,9 +20,6 @@ OFF = {  # what takes a part out
     "Muon": "--optimizer=adamw --learning_rate=4e-3",
     "rotary positions": "--rotary=False",
     "QK-norm": "--qk_norm=False",
-    "untied head": "--tied_head=True",
-    "soft-cap": "--softcap=0",
-    "zero init": "--zero_init=False",
     "exact GELU": "--activation=gelu_tanh",
 }
 GPT2 = " ".join(OFF.values())
