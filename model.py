@@ -332,85 +332,7 @@ def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:
     return fitted
 
 
-# ---- GPT-2 as transformers stores it ------------------------------------------------------------
-
-# Names are the same on both sides, after "transformer." there; the matrices of a block are stored
-# the other way round, (in, out), since GPT-2 wrote its linear layers as convolutions of width 1.
-TRANSPOSED = {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
-SIZES = {  # ours: theirs
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "block_size": "n_positions",
-    "vocab_size": "vocab_size",
-}
-GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-FIXED = {  # what config.json may also say, and where this model is the only way
-    "model_type": "gpt2",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-    "n_inner": None,
-}
-
-
-def config_from_gpt2(about: dict) -> GPTConfig:
-    """GPTConfig from a config.json; ValueError names what this model does not have."""
-    if type(about) is not dict:
-        raise ValueError("config.json is no JSON object")
-    for name, value in FIXED.items():
-        if about.get(name, value) != value:
-            raise ValueError(f"config.json: {name}={about[name]}, but this model has {value}")
-    activation = about.get("activation_function", "gelu_new")
-    if activation not in GPT2_ACTIVATIONS.values():
-        raise ValueError(f"config.json: activation_function={activation} is not known here")
-    ours = {theirs: name for name, theirs in GPT2_ACTIVATIONS.items()}[activation]
-    if missing := [name for name in SIZES.values() if type(about.get(name)) is not int]:
-        raise ValueError(f"config.json: {missing[0]} is missing, or is no whole number")
-    sizes = {name: about[theirs] for name, theirs in SIZES.items()}
-    if not all(1 <= size <= 10**8 for size in sizes.values()):
-        raise ValueError("config.json: sizes must be in [1, 1e8]")
-    return GPTConfig(**sizes, activation=ours)
-
-
-def config_to_gpt2(config: GPTConfig) -> dict:
-    """The config.json of a model; ValueError names the parts of it that GPT-2 does not have."""
-    gpt2 = GPTConfig()
-    foreign = [
-        f"{name}={getattr(config, name)}"
-        for name in ("norm", "rotary", "qk_norm", "n_kv_head")
-        if getattr(config, name) != getattr(gpt2, name)
-    ]
-    if config.activation not in GPT2_ACTIVATIONS:
-        foreign.append(f"activation={config.activation}")
-    if foreign:
-        raise ValueError(f"transformers' GPT-2 has no {', '.join(foreign)}")
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        **FIXED,
-        **{theirs: getattr(config, name) for name, theirs in SIZES.items()},
-        "activation_function": GPT2_ACTIVATIONS[config.activation],
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-        "initializer_range": 0.02,
-        "use_cache": True,
-    }
-
-
-def weights_to_gpt2(model: GPT) -> dict[str, Tensor]:
-    """The tensors of a model under the names, and in the layout, of transformers' GPT-2.
-
-    That has biases everywhere: a model without them gets zeros.
-    """
-    c, tensors = model.config, {}
-    for name, p in model.named_parameters():
-        kind = re.sub(r"h\.\d+\.", "", name)
-        p = p.detach()
-        tensors[f"transformer.{name}"] = (p.t() if kind in TRANSPOSED else p).contiguous()
-        if not c.bias and name.endswith(".weight") and not name.startswith(("wte", "wpe")):
-            tensors[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(p.shape[0])
-    return tensors
+# ---- activations, positions, attention, draws ----------------------------------------------------
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -509,3 +431,84 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
     passed = u[:, None].double() * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
     return ids.where(ids < probs.shape[-1], probs.argmax(-1))  # u so near 1 that it rounded up
+
+
+# ---- GPT-2 as transformers stores it ------------------------------------------------------------
+
+# Names are the same on both sides, after "transformer." there; the matrices of a block are stored
+# the other way round, (in, out), since GPT-2 wrote its linear layers as convolutions of width 1.
+TRANSPOSED = {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+SIZES = {  # ours: theirs
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+}
+GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+FIXED = {  # what config.json may also say, and where this model is the only way
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "n_inner": None,
+}
+
+
+def config_from_gpt2(about: dict) -> GPTConfig:
+    """GPTConfig from a config.json; ValueError names what this model does not have."""
+    if type(about) is not dict:
+        raise ValueError("config.json is no JSON object")
+    for name, value in FIXED.items():
+        if about.get(name, value) != value:
+            raise ValueError(f"config.json: {name}={about[name]}, but this model has {value}")
+    activation = about.get("activation_function", "gelu_new")
+    if activation not in GPT2_ACTIVATIONS.values():
+        raise ValueError(f"config.json: activation_function={activation} is not known here")
+    ours = {theirs: name for name, theirs in GPT2_ACTIVATIONS.items()}[activation]
+    if missing := [name for name in SIZES.values() if type(about.get(name)) is not int]:
+        raise ValueError(f"config.json: {missing[0]} is missing, or is no whole number")
+    sizes = {name: about[theirs] for name, theirs in SIZES.items()}
+    if not all(1 <= size <= 10**8 for size in sizes.values()):
+        raise ValueError("config.json: sizes must be in [1, 1e8]")
+    return GPTConfig(**sizes, activation=ours)
+
+
+def config_to_gpt2(config: GPTConfig) -> dict:
+    """The config.json of a model; ValueError names the parts of it that GPT-2 does not have."""
+    gpt2 = GPTConfig()
+    foreign = [
+        f"{name}={getattr(config, name)}"
+        for name in ("norm", "rotary", "qk_norm", "n_kv_head")
+        if getattr(config, name) != getattr(gpt2, name)
+    ]
+    if config.activation not in GPT2_ACTIVATIONS:
+        foreign.append(f"activation={config.activation}")
+    if foreign:
+        raise ValueError(f"transformers' GPT-2 has no {', '.join(foreign)}")
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **FIXED,
+        **{theirs: getattr(config, name) for name, theirs in SIZES.items()},
+        "activation_function": GPT2_ACTIVATIONS[config.activation],
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+
+
+def weights_to_gpt2(model: GPT) -> dict[str, Tensor]:
+    """The tensors of a model under the names, and in the layout, of transformers' GPT-2.
+
+    That has biases everywhere: a model without them gets zeros.
+    """
+    c, tensors = model.config, {}
+    for name, p in model.named_parameters():
+        kind = re.sub(r"h\.\d+\.", "", name)
+        p = p.detach()
+        tensors[f"transformer.{name}"] = (p.t() if kind in TRANSPOSED else p).contiguous()
+        if not c.bias and name.endswith(".weight") and not name.startswith(("wte", "wpe")):
+            tensors[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(p.shape[0])
+    return tensors

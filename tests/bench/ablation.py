@@ -28,6 +28,8 @@ VARIANTS = {
     **{f"less {part}": words for part, words in OFF.items()},
     "with RMSNorm": "--norm=rmsnorm",
     "with ReLU^2": "--activation=relu2",
+    "with SwiGLU": "--activation=swiglu",
+    "with one key, value": "--n_kv_head=1",
     "GPT-2": GPT2,
     **{f"GPT-2, {p}": " ".join(w for q, w in OFF.items() if q != p) for p in OFF},
 }
@@ -36,7 +38,7 @@ VARIANTS = {
 def main() -> None:
     text = Path(sys.argv[1]).resolve()
     seeds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    updates = int(sys.argv[3]) if len(sys.argv) > 3 else 300
+    updates = int(sys.argv[3]) if len(sys.argv) > 3 else 200
     recipe = [str(ROOT / "config/shakespeare_char_cpu.py"), f"--max_iters={updates}"]
     results = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
