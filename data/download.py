@@ -1,5 +1,6 @@
 """fetch(): a file from the web, whole and verified, or not there at all; and GPT-2 from the Hub."""
 
+import codecs
 import hashlib
 import os
 import re
@@ -15,7 +16,8 @@ from config import UserError
 TRIES = 3
 TIMEOUT = (3, 10)  # seconds to connect, seconds without a byte
 CHUNK = 1 << 16
-HTML = "{} answers with a web page (HTML), not with a text"
+HTML = "a web page (HTML), not with a text"
+PAGE = re.compile(rb"(\s|<!--.*?-->|<\?xml.*?\?>)*<(!doctype html|html)", re.DOTALL | re.IGNORECASE)
 
 
 def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:
@@ -38,9 +40,9 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
             if isinstance(error, requests.HTTPError) and error.response.status_code < 500:
                 break
             continue
-        if sha256 is None and _is_html(part):
+        if sha256 is None and (refused := _is_no_text(part)):
             part.unlink()
-            raise UserError(HTML.format(url))
+            raise UserError(f"{url} answers with {refused}")
         data_size, digest = _measure(part)
         if sha256 in (None, digest):
             os.replace(part, path)
@@ -65,8 +67,8 @@ def _download(url: str, part: Path) -> None:
         if response.status_code == 416:  # nothing is missing; the digest will tell
             return
         response.raise_for_status()
-        if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise UserError(HTML.format(url))
+        if response.headers.get("Content-Type", "").startswith(("text/html", "application/xhtml")):
+            raise UserError(f"{url} answers with {HTML}")
         resumed = response.status_code == 206
         length = response.headers.get("Content-Length", "")
         total = int(length) + have * resumed if length.isdecimal() else 0
@@ -87,10 +89,13 @@ def _download(url: str, part: Path) -> None:
                 bar.update(len(chunk))
 
 
-def _is_html(path: Path) -> bool:
+def _is_no_text(path: Path) -> str:
+    """What stands in a file in the place of a text; empty where nothing speaks against it."""
     with open(path, "rb") as file:
-        head = file.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    return head.startswith((b"<!doctype html", b"<html"))
+        head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8)
+    if not head:
+        return "nothing: an empty file"
+    return HTML if PAGE.match(head) else ""
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -81,13 +81,22 @@ def test_pythons_own_library_needs_no_download():
     assert sum(len(d.data) for d in corpus) > 5_000_000
 
 
+NO_TEXTS = {  # what is answered under an address that seems to be a text's: type, content
+    "/page": ("text/html; charset=utf-8", b"from afar"),
+    "/sorry.txt": ("text/plain", b"\n<!DOCTYPE html>\n<p>Sorry"),
+    "/remark.txt": ("text/plain", b"<!-- a page -->\n<HTML><p>Sorry"),
+    "/strict.txt": ("application/xml", b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "x">'),
+    "/x.xhtml": ("application/xhtml+xml", b"from afar"),
+    "/nothing.txt": ("text/plain", b""),
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        kind, body = NO_TEXTS.get(self.path, ("text/plain", b"from afar"))
         self.send_response(200)
-        kind = "text/html; charset=utf-8" if self.path == "/page" else "text/plain"
         self.send_header("Content-Type", kind)
         self.end_headers()
-        body = b"\n<!DOCTYPE html>\n<p>Sorry" if self.path == "/sorry.txt" else b"from afar"
         self.wfile.write(gzip.compress(LINES.encode()) if "gz" in self.path else body)
 
     def log_message(self, *_):
@@ -102,9 +111,10 @@ def test_addresses(folder, capsys):
         assert read(f"{url}/a.txt?v=1") == ["from afar"]
         assert "was downloaded before" in capsys.readouterr().out
         before = sorted(Path("data").rglob("*"))
-        for page in ("page", "sorry.txt"):
-            assert prepare.main(["--name=page", f"--input={url}/{page}"]) == 2
-            assert "answers with a web page" in capsys.readouterr().err
+        for path, (_, body) in NO_TEXTS.items():
+            assert prepare.main(["--name=page", f"--input={url}{path}"]) == 2
+            says = "answers with a web page" if body else "answers with nothing"
+            assert f"{url}{path} {says}" in capsys.readouterr().err
         assert sorted(Path("data").rglob("*")) == before, "nothing is left of it"
         httpd.shutdown()
 
