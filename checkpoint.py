@@ -224,8 +224,6 @@ def _view(data: Tensor, about: dict) -> Tensor:
 @contextmanager
 def lock(out_dir: Path) -> Iterator[None]:
     """Hold a run's folder for this process alone."""
-    if not out_dir.is_dir():
-        raise UserError(f"no run in {out_dir}: no such folder")
     held = filelock.FileLock(out_dir / ".lock", timeout=0)
     try:
         held.acquire()
@@ -391,20 +389,31 @@ def go_back(out_dir: Path, path: Path, iter_num: int) -> None:
         _link(out_dir, path, latest)
 
 
-@torch.no_grad()
-def restore(params: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str, path: Path) -> None:
-    """Copy the tensors PREFIX* of a checkpoint into `params`, which they must match one to one."""
+def match(
+    params: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str, path: Path
+) -> dict[str, Tensor]:
+    """The tensors PREFIX* of a checkpoint, without the prefix; UserError unless they are one for
+    one like `params`, which may lie on "meta"."""
     saved = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
     if odd := sorted(params.keys() ^ saved.keys()):
         state = "lacks" if odd[0] in params else "has an unknown"
         raise UserError(f"{path} {state} tensor {prefix}{odd[0]}")
     for name, param in params.items():
-        if param.shape != saved[name].shape:
+        has, wanted = ((tuple(t.shape), t.dtype) for t in (saved[name], param))
+        if has != wanted:
+            (shape, dtype), (wanted_shape, wanted_dtype) = has, wanted
             raise UserError(
-                f"{path}: {prefix}{name} has shape {tuple(saved[name].shape)}, "
-                f"not {tuple(param.shape)}"
+                f"{path}: {prefix}{name} is {shape} of {dtype}, not {wanted_shape} of "
+                f"{wanted_dtype}"
             )
-        param.copy_(saved[name])
+    return saved
+
+
+@torch.no_grad()
+def restore(params: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str, path: Path) -> None:
+    """Copy the tensors PREFIX* of a checkpoint into `params`; UserError as match()."""
+    for name, tensor in match(params, tensors, prefix, path).items():
+        params[name].copy_(tensor)
 
 
 def newest_run(parent: Path) -> Path:

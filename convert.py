@@ -22,7 +22,7 @@ import checkpoint
 import config
 from config import UserError
 from data import tokenizer
-from model import GPT, GPTConfig, config_to_gpt2, weights_to_gpt2
+from model import GPT, GPTConfig, config_to_gpt2, outline, weights_to_gpt2
 from sample import load_model
 
 
@@ -96,7 +96,7 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
         known = {field.name for field in fields(GPTConfig)}
         sizes = {k: v for k, v in saved["model_args"].items() if k in known}
         cfg = config.build(GPTConfig, {**sizes, "activation": "gelu"}, str(path))
-        model = GPT(cfg)
+        expected = dict(outline("gpt", cfg).named_parameters())
         prefix = "_orig_mod."  # of a model that was compiled
         state = {k.removeprefix(prefix): v for k, v in saved["model"].items()}
         tensors = {
@@ -110,7 +110,7 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         kind = type(error).__name__
         raise UserError(f"{path} is no checkpoint of nanoGPT's ({kind}: {error})") from None
-    checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
+    checkpoint.match(expected, tensors, "model.", path)
     meta = {"kind": "gpt2"}
     if options.dataset:
         meta = tokenizer.stored_in(Path(options.data_dir) / options.dataset)
@@ -123,7 +123,7 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
     target.mkdir(parents=True)
     checkpoint.save_run(
         target,
-        {f"model.{name}": p for name, p in model.named_parameters()},
+        tensors,
         {
             "run_id": "nanogpt",
             "model": "gpt",
@@ -140,7 +140,8 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
         keep=0,
     )
     loss = progress["val_loss"]
-    print(f"{target}: {model.n_params():,} parameters, validation loss {loss:.4f} by nanoGPT")
+    n_params = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{target}: {n_params:,} parameters, validation loss {loss:.4f} by nanoGPT")
 
 
 def load_nanogpt(path: Path) -> dict:

@@ -237,24 +237,29 @@ class GPT(LanguageModel):
         """Of a block 16 times its width, and the logits, their softmax and their gradient."""
         return 16 * self.config.n_layer * self.config.n_embd + 3 * self.config.vocab_size
 
-    @classmethod
-    def from_pretrained(cls, folder: Path) -> "GPT":
-        """The model in a folder of transformers' GPT-2: config.json and model.safetensors.
+    @staticmethod
+    def from_pretrained(name: str | Path, cache_dir: str = "") -> "GPT":
+        """GPT-2 by its name, or the model in a folder of transformers' GPT-2.
 
-        Without dropout, in float32, on the CPU. The weights stay mapped from the file: what is not
-        used is not read, and a matrix that is stored the other way round becomes a view of it.
-        Raises ValueError for what is missing, unknown, or of another shape, by name, and for parts
-        that this model does not have.
+        The names are gpt2, gpt2-medium, gpt2-large and gpt2-xl, which are downloaded once, and a
+        folder holds config.json and model.safetensors. Without dropout, in float32, on the CPU. The
+        weights stay mapped from the file: what is not used is not read, and a matrix that is stored
+        the other way round becomes a view of it. Raises ValueError for what is missing, unknown, or
+        of another shape, by name, and for parts that this model does not have.
         """
         from safetensors import safe_open  # here, so that this file needs torch alone
 
+        from data.download import pretrained_folder
+
+        folder = pretrained_folder(str(name), cache_dir)
+        if folder is None:
+            raise ValueError(f"{name} is no folder with a config.json, nor one of GPT-2's names")
         config = config_from_gpt2(json.loads((folder / "config.json").read_text("utf-8")))
         with safe_open(folder / "model.safetensors", "pt") as file:
             stored_names, weights = file.keys(), {}
             if config.n_layer > len(stored_names):
                 raise ValueError(f"{len(stored_names)} tensors are not n_layer={config.n_layer}")
-            with torch.device("meta"), Undrawn():
-                model = cls(config)
+            model = outline("gpt", config)
             expected = {name: p.shape for name, p in model.named_parameters()}
             for stored_name in stored_names:
                 name = stored_name.removeprefix("transformer.")
@@ -312,6 +317,12 @@ class Undrawn(TorchFunctionMode):
         if func in self.DRAWING:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def outline(kind: str, config: GPTConfig) -> LanguageModel:
+    """A model that has shapes, on "meta", and no numbers: however large, it takes no memory."""
+    with torch.device("meta"), Undrawn():
+        return MODELS[kind](config)
 
 
 def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:

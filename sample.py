@@ -24,6 +24,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 import checkpoint
 import config
@@ -31,7 +32,7 @@ from config import UserError
 from data import tokenizer
 from data.download import GPT2, pretrained_folder
 from data.tokenizer import Tokenizer
-from model import GPT, MODELS, GPTConfig, LanguageModel
+from model import GPT, MODELS, GPTConfig, LanguageModel, outline
 
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
@@ -146,12 +147,22 @@ def load_model(name: str, device: torch.device, cache_dir: str = "") -> tuple[La
         return model.to(device).eval(), meta
     path = checkpoint.find(name, (checkpoint.BEST, checkpoint.LATEST))
     tensors, meta = checkpoint.load(path)
-    cfg = config.build(GPTConfig, meta["model_config"], source=str(path))
-    if meta["model"] not in MODELS:
-        raise UserError(f"{path} holds a model of kind {meta['model']!r}; known are gpt, bigram")
+    cfg = check_model(tensors, meta, path)
     model = MODELS[meta["model"]](cfg)
     checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
     return model.to(device).eval(), meta
+
+
+def check_model(tensors: dict[str, Tensor], meta: dict, path: Path) -> GPTConfig:
+    """The config of a checkpoint's model; UserError where its tensors are not of such a one.
+
+    To be called before anything of the size that the config claims is allocated.
+    """
+    cfg = config.build(GPTConfig, meta["model_config"], source=str(path))
+    if meta["model"] not in MODELS:
+        raise UserError(f"{path} holds a model of kind {meta['model']!r}; known are gpt, bigram")
+    checkpoint.match(dict(outline(meta["model"], cfg).named_parameters()), tensors, "model.", path)
+    return cfg
 
 
 def load_pretrained(name: str, cache_dir: str) -> tuple[GPT, dict] | None:

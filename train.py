@@ -1,6 +1,7 @@
 """Token bins in, a trained model out.
 
     python train.py                                   the quick start: about a minute on a laptop
+    python train.py --dataset=mine                    by config/shakespeare_char_cpu.py, as above
     python train.py config/shakespeare_char.py        a recipe
     python train.py config/shakespeare_char.py --batch_size=32 --max_seconds=600
     python train.py --init_from=resume --out_dir=out/shakespeare_char
@@ -38,14 +39,23 @@ import metrics
 from config import UserError
 from data import bins, tokenizer
 from data.tokenizer import Tokenizer
-from model import LONGEST_WRITTEN_OUT, MODELS, GPTConfig, LanguageModel, Undrawn, fit
+from model import LONGEST_WRITTEN_OUT, MODELS, GPTConfig, LanguageModel, fit, outline
 from muon import Muon
-from sample import SampleConfig, complete, find_device, load_pretrained, start_ids, unescape
+from sample import (
+    SampleConfig,
+    check_model,
+    complete,
+    find_device,
+    load_pretrained,
+    start_ids,
+    unescape,
+)
 
 ROOT = Path(__file__).parent
 QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
 QUICK_START_SECONDS = 10  # to download its text, before it does without
 SMALLEST_SCALE = 2**-10  # of float16's gradients; below it they are beyond hope
+NOT_SAVED = "nothing of it was saved"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever ends first
 
@@ -269,6 +279,8 @@ def find_dataset(cfg: TrainConfig, quick_start: bool) -> bins.Dataset:
     Shakespeare cannot be fetched within seconds: it needs no download.
     """
     folder = Path(cfg.data_dir) / cfg.dataset
+    if Path(cfg.data_dir).is_file():
+        raise UserError(f"--data_dir={cfg.data_dir} is a file, not a folder")
     if not folder.is_dir():
         try:
             prepare(cfg.data_dir, cfg.dataset, QUICK_START_SECONDS if quick_start else None)
@@ -299,7 +311,13 @@ def prepare(data_dir: str, name: str, timeout: float | None = None) -> None:
 def resumed_folder(given: dict) -> Path:
     """The folder of the run that is to go on."""
     if "checkpoint" not in given:
-        return Path(given.get("out_dir") or checkpoint.newest_run(Path("out")))
+        folder = Path(given.get("out_dir") or checkpoint.newest_run(Path("out")))
+        if not folder.is_dir():
+            raise UserError(f"no run in {folder}: no such folder")
+        parts = (checkpoint.RECORD, checkpoint.LATEST, checkpoint.BEST, checkpoint.SNAPSHOTS)
+        if not any((folder / part).exists() for part in parts):
+            raise UserError(f"no run in {folder}: there is none of {', '.join(parts)}")
+        return folder
     path = Path(given["checkpoint"])
     folder = path.parent.parent if path.parent.name == checkpoint.SNAPSHOTS else path.parent
     if not path.is_file():
@@ -319,12 +337,14 @@ def starting_point(given: dict) -> tuple[Path, dict[str, Tensor], dict]:
             tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
             return Path(given["init_from"]), tensors, meta
         path = checkpoint.find(given["init_from"], (checkpoint.BEST, checkpoint.LATEST))
+        tensors, meta = checkpoint.load(path)
     elif "checkpoint" in given:
         path = Path(given["checkpoint"])
-        return path, *checkpoint.load_of_run(resumed_folder(given), path)
+        tensors, meta = checkpoint.load_of_run(resumed_folder(given), path)
     else:
-        return checkpoint.load_run(resumed_folder(given))
-    return path, *checkpoint.load(path)
+        path, tensors, meta = checkpoint.load_run(resumed_folder(given))
+    check_model(tensors, meta, path)
+    return path, tensors, meta
 
 
 def adopt(given: dict, meta: dict, path: Path) -> dict:
@@ -364,12 +384,12 @@ def check_dataset(cfg: TrainConfig, dataset: bins.Dataset, meta: dict, path: Pat
                 f"{split.path} has {len(split.tokens)} tokens; two windows of block_size="
                 f"{cfg.block_size} need {shortest}: use a longer text or a smaller block_size"
             )
+    if meta and meta["tokenizer"] != dataset.tokenizer:
+        raise UserError(f"the data set {dataset.folder} has another tokenizer than {path}")
     if cfg.vocab_size < dataset.vocab_size:
         raise UserError(
             f"vocab_size={cfg.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}"
         )
-    if meta and meta["tokenizer"] != dataset.tokenizer:
-        raise UserError(f"the data set {dataset.folder} has another tokenizer than {path}")
     if cfg.init_from == "resume" and meta["dataset"] != dataset.fingerprint:
         raise UserError(f"the data set {dataset.folder} is not the one that {path} was trained on")
 
@@ -424,8 +444,7 @@ def make_run(
 ) -> Run:
     """Build the model and the optimizer, anew or from the checkpoint at `path`."""
     kind, of_model = MODELS[cfg.model], GPTConfig(**model_config(cfg))
-    with torch.device("meta"), Undrawn():
-        check_memory(cfg, kind(of_model))
+    check_memory(cfg, outline(cfg.model, of_model))
     torch.manual_seed(cfg.seed)
     model = kind(of_model)
     if tensors:
@@ -638,12 +657,12 @@ def check_finite(run: Run) -> None:
         raise Diverged(
             f"training diverged at iteration {iter_num}: loss {loss:.4g}, gradient norm "
             f"{norm:.4g}, learning rate {get_lr(iter_num, cfg):.3g}, windows {first} to "
-            f"{first + cfg.batch_size - 1} of seed {cfg.seed}; nothing of it was saved"
+            f"{first + cfg.batch_size - 1} of seed {cfg.seed}; {NOT_SAVED}"
         )
     if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_SCALE:
         raise Diverged(
             f"training diverged before iteration {progress.iter_num}: the gradient overflows "
-            "float16 whatever it is scaled by; nothing of it was saved"
+            f"float16 whatever it is scaled by; {NOT_SAVED}"
         )
 
 
@@ -693,6 +712,8 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
     progress = run.progress
     check_finite(run)
     words = evaluate_both(run)
+    if not math.isfinite(progress.train_loss + progress.val_loss):
+        raise Diverged(f"training diverged by iteration {progress.iter_num}: {words}; {NOT_SAVED}")
     best = progress.best_val_loss is None or progress.val_loss < progress.best_val_loss
     if best:
         progress.best_val_loss = progress.val_loss
@@ -725,6 +746,13 @@ def save(run: Run, best: bool = False) -> None:
     check_finite(run)
     tensors = {f"model.{name}": p for name, p in run.model.named_parameters()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(run).items()}
+    largest = torch.stack([torch.linalg.vector_norm(t, math.inf) for t in tensors.values()])
+    if not largest.isfinite().all():  # finite gradients can make infinite moments, and weights
+        name = list(tensors)[int(largest.isfinite().logical_not().nonzero()[0])]
+        raise Diverged(
+            f"training diverged by iteration {progress.iter_num}: {name} is no longer finite; "
+            f"{NOT_SAVED}"
+        )
     of_model = model_config(cfg)
     meta = {
         "run_id": run.run_id,

@@ -170,6 +170,10 @@ def _choices(hint: object) -> tuple:
     return (True, False) if hint is bool else typing.get_args(hint) if _is_literal(hint) else ()
 
 
+def _listed(hint: object) -> str:
+    return ", ".join(str(choice) or "''" for choice in _choices(hint))
+
+
 def _is_literal(hint: object) -> bool:
     return typing.get_origin(hint) is typing.Literal
 
@@ -199,7 +203,7 @@ def _check(name: str, value: object, hint: object, source: str) -> object:
         base, interval = hint.__origin__, hint.__metadata__[0]
     if choices := _choices(hint):
         good = any(type(value) is type(choice) and value == choice for choice in choices)
-        wanted = "one of " + ", ".join(str(choice) or "''" for choice in choices)
+        wanted = f"one of {_listed(hint)}"
     else:
         good = type(value) is (tuple if base == WORDS else base)
         good = good or (base is float and type(value) is int)
@@ -232,6 +236,7 @@ def _suggest(name: str, hints: dict, instead: dict[str, str] | None) -> str:
 def _help(options: type) -> str:
     """The script's own description, then its options as they are declared and commented."""
     lines = [inspect.getmodule(options).__doc__.strip(), "", "options:"]
+    hints = typing.get_type_hints(options)
     for cls in reversed(options.__mro__[:-1]):
         source = inspect.getsource(cls)
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
@@ -242,5 +247,7 @@ def _help(options: type) -> str:
             if comment:
                 lines += ["", f"{indent}{comment}"]
             else:
+                if _is_literal(hints[name]):
+                    meaning += f" ({_listed(hints[name])})"
                 lines.append(f"  --{name + '=' + str(defaults[name]):<32} {meaning}")
     return "\n".join(lines)

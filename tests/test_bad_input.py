@@ -57,6 +57,7 @@ def folder(tmp_path, monkeypatch, data_dir):
         ("short", np.zeros(20, np.uint16), 5),
         ("beyond", np.full(5000, 7, np.uint16), 5),
         ("cut", np.zeros(5000, np.uint16), 5),
+        ("bytes", np.zeros(5000, np.uint16), 256),
     ):
         write_bins(tmp_path / "data" / name, ids, vocab_size)
     os.truncate(tmp_path / "data/cut/val.bin", 9999)
@@ -130,7 +131,10 @@ CASES = (
         (training.main, "--init_from=text.safetensors", "is not a checkpoint that can be used"),
         (training.main, "--init_from=data", "is a folder without best.safetensors or ckpt"),
         (training.main, "--init_from=resume --out_dir=nowhere", "no run in nowhere: no such folder"),
+        (training.main, "--init_from=resume --out_dir=mixed", "no run in mixed: there is none of run.j"),
         (training.main, "--init_from=RUN --n_embd=64", "made with n_embd=32"),
+        (training.main, "--init_from=RUN --dataset=bytes", "bytes has another tokenizer than"),
+        (training.main, "--dataset=good --data_dir=good.txt", "--data_dir=good.txt is a file, not a f"),
         (training.main, "--init_from=resume --checkpoint=RUN/ckpt.safetensors", "belongs to the run in"),
         (training.main, "--device=cuda:9", "device 'cuda:9'"),
         (training.main, "--device=abacus", "no device 'abacus'"),

@@ -127,7 +127,7 @@ def test_help_is_the_declaration(capsys):
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith("Promise:")
-    for part in ("--width=8", "how wide", "--mode=auto", "    sizes", "    the rest"):
+    for part in ("--width=8", "how wide", "how (auto, True, False)", "    sizes", "    the rest"):
         assert part in out
 
 

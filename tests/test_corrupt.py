@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 import checkpoint
+import sample
 from config import UserError
 
 LATEST = Path("run/ckpt.safetensors")
@@ -174,6 +175,34 @@ def test_retention_never_deletes_the_newest_whole_one(train, resume):
     damage(LATEST, flip(-5000))
     assert resume("--max_iters=20") == 0
     assert len(checkpoint.snapshots(Path("run"))) == 1
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda t, m: m["model_config"].update(n_embd=4096), ", 4096) of torch.float32"),
+        (lambda t, m: m["model_config"].update(n_embd=10**5, n_layer=1000), "lacks tensor model.h"),
+        (lambda t, m: m["model_config"].update(block_size=10**7), "not (10000000, 32) of"),
+        (lambda t, m: m["model_config"].update(n_layer="2"), "n_layer must be a whole number"),
+        (lambda t, m: m["model_config"].update(extra=1), "unknown option 'extra'"),
+        (lambda t, m: m.update(model="oracle"), "holds a model of kind 'oracle'"),
+        (lambda t, m: t.update({"model.ln_f.weight": t["model.ln_f.weight"].int()}), "torch.int32"),
+        (lambda t, m: t.pop("model.wte.weight"), "lacks tensor model.wte.weight"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_that_of_its_tensors(run, train, resume, capsys, change, says):
+    """Refused in a line, by whoever loads it, before anything of such a size is allocated."""
+    tensors, meta = checkpoint.load(LATEST)
+    change(tensors, meta)
+    checkpoint.save(LATEST, tensors, meta)  # with a digest that is right
+    options = {
+        "--checkpoint=run/ckpt.safetensors": sample.main,
+        "--init_from=run/ckpt.safetensors": train,
+    }
+    for argv, main in (*options.items(), ("--max_iters=40", resume)):
+        assert main([argv] if main is sample.main else argv) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1, err
 
 
 def test_the_script_shows_and_verifies(run, capsys):

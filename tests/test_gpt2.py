@@ -4,6 +4,7 @@ Random weights of GPT-2's shapes; transformers is the oracle.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -377,6 +378,26 @@ def test_a_nanogpt_checkpoint_can_run_no_code(tmp_path, monkeypatch, capsys):
         err = capsys.readouterr().err
         assert f"{name}.pt" in err and err.count("\n") == 1, err
     assert not Path("touched").exists() and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "lie, says",
+    [
+        ({"n_layer": 1000, "n_embd": 100_000, "n_head": 1}, "lacks tensor"),
+        ({"n_embd": 4096}, "not \\(65, 4096\\) of torch.float32"),
+        ({"n_layer": -1}, "n_layer must be"),
+        ({"n_layer": "two"}, "n_layer must be"),
+    ],
+)
+def test_sizes_that_are_not_those_of_nanogpts_tensors(tmp_path, capsys, lie, says):
+    """Before anything of such a size is allocated."""
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", True, False, 65)
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    saved["model_args"] |= lie
+    torch.save(saved, tmp_path / "lie.pt")
+    assert convert.main([str(tmp_path / "lie.pt"), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert re.search(says, err) and err.count("\n") == 1, err
 
 
 @needs_gpt2_vocabulary

@@ -13,6 +13,7 @@ import pytest
 import sample
 from config import UserError
 from data import download
+from model import GPT
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 FILES = {
@@ -102,6 +103,14 @@ def test_whole_files_once_and_where_transformers_looks(hub, tmp_path):
     for name in FILES:
         found = try_to_load_from_cache("openai-community/gpt2", name, cache_dir=tmp_path)
         assert found == str(folder / name)
+
+
+def test_gpt2_by_its_name(hub, tmp_path):
+    with pytest.raises(ValueError, match="config.json"):  # that of this hub is none
+        GPT.from_pretrained("gpt2", str(tmp_path))
+    assert list(tmp_path.rglob("snapshots/*/model.safetensors"))
+    with pytest.raises(ValueError, match="gpt3 is no folder with a config.json, nor one of GPT-2"):
+        GPT.from_pretrained("gpt3")
 
 
 def test_the_usual_cache(hub, tmp_path, monkeypatch):

@@ -424,6 +424,21 @@ def test_a_diverging_run_ends_with_3_and_keeps_its_checkpoint(train, capsys):
 
 
 @pytest.mark.parametrize("parts", [[], MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("rate", ["1e38", "1e15"])
+def test_a_step_that_finite_gradients_make_infinite_is_not_saved(train, capsys, parts, rate):
+    """Weights or moments that overflow, and weights so large that the loss does."""
+    rates = (f"--learning_rate={rate}", f"--muon_lr={rate}", "--grad_clip=0", "--warmup_iters=0")
+    assert train(*parts, *rates, "--eval_interval=1", "--num_samples=0") == 3
+    err = capsys.readouterr().err
+    assert "training diverged by iteration" in err or "training diverged at iteration" in err
+    assert "nothing of it was saved" in err and err.count("\n") == 1
+    for path in Path("run").glob("*.safetensors"):
+        tensors, meta = checkpoint.load(path)
+        assert all(t.isfinite().all() for t in tensors.values()), path
+        assert math.isfinite(meta["progress"]["val_loss"])
+
+
+@pytest.mark.parametrize("parts", [[], MODERN], ids=["gpt2", "modern"])
 def test_nothing_that_is_no_number_reaches_the_weights(train, data_dir, monkeypatch, parts):
     """A single bad gradient, and no later update either: the flag on the device stays up."""
     import train as script
