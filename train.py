@@ -55,7 +55,6 @@ ROOT = Path(__file__).parent
 QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
 QUICK_START_SECONDS = 10  # to download its text, before it does without
 SMALLEST_SCALE = 2**-10  # of float16's gradients; below it they are beyond hope
-NOT_SAVED = "nothing of it was saved"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever ends first
 
@@ -212,14 +211,16 @@ class Run:
     model: LanguageModel
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
-    diverged: Tensor  # float32 (4,): flag, iter_num, loss, grad_norm of the first bad update
+    diverged: (
+        Tensor  # float32 (4,): flag, iter_num, loss, norm; of the first bad update or the last
+    )
     progress: Progress
     clock: Clock
     stop: "StopSignals"
 
 
 class Diverged(Exception):
-    """The loss or the gradient is no longer a number; the weights are those from before."""
+    """The loss, the gradient or what an update made of them is no longer a number."""
 
 
 # ---- what was asked for -------------------------------------------------------------------------
@@ -647,22 +648,22 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
     return loss, norm
 
 
-def check_finite(run: Run) -> None:
-    """Raise Diverged when an update was not finite."""
+def check_finite(run: Run, found: str = "") -> None:
+    """Raise Diverged when an update was not finite, or `found` says that its result is not."""
     cfg, progress = run.cfg, run.progress
     flag, iter_num, loss, norm = run.diverged.tolist()
-    if flag:
+    if flag or found:
         iter_num = int(iter_num)
         first = progress.n - (progress.iter_num - iter_num) * cfg.batch_size
         raise Diverged(
-            f"training diverged at iteration {iter_num}: loss {loss:.4g}, gradient norm "
+            f"training diverged at iteration {iter_num}: {found}loss {loss:.4g}, gradient norm "
             f"{norm:.4g}, learning rate {get_lr(iter_num, cfg):.3g}, windows {first} to "
-            f"{first + cfg.batch_size - 1} of seed {cfg.seed}; {NOT_SAVED}"
+            f"{first + cfg.batch_size - 1} of seed {cfg.seed}; nothing of it was saved"
         )
     if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_SCALE:
         raise Diverged(
             f"training diverged before iteration {progress.iter_num}: the gradient overflows "
-            f"float16 whatever it is scaled by; {NOT_SAVED}"
+            "float16 whatever it is scaled by; nothing of it was saved"
         )
 
 
@@ -713,7 +714,7 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
     check_finite(run)
     words = evaluate_both(run)
     if not math.isfinite(progress.train_loss + progress.val_loss):
-        raise Diverged(f"training diverged by iteration {progress.iter_num}: {words}; {NOT_SAVED}")
+        check_finite(run, f"{words} after ")
     best = progress.best_val_loss is None or progress.val_loss < progress.best_val_loss
     if best:
         progress.best_val_loss = progress.val_loss
@@ -748,11 +749,8 @@ def save(run: Run, best: bool = False) -> None:
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(run).items()}
     largest = torch.stack([torch.linalg.vector_norm(t, math.inf) for t in tensors.values()])
     if not largest.isfinite().all():  # finite gradients can make infinite moments, and weights
-        name = list(tensors)[int(largest.isfinite().logical_not().nonzero()[0])]
-        raise Diverged(
-            f"training diverged by iteration {progress.iter_num}: {name} is no longer finite; "
-            f"{NOT_SAVED}"
-        )
+        first = int(largest.isfinite().logical_not().nonzero()[0])
+        check_finite(run, f"{list(tensors)[first]} is not finite after ")
     of_model = model_config(cfg)
     meta = {
         "run_id": run.run_id,
