@@ -656,9 +656,9 @@ def check_finite(run: Run, found: str = "") -> None:
         iter_num = int(iter_num)
         first = progress.n - (progress.iter_num - iter_num) * cfg.batch_size
         raise Diverged(
-            f"training diverged at iteration {iter_num}: {found}loss {loss:.4g}, gradient norm "
+            f"training diverged at iteration {iter_num}: loss {loss:.4g}, gradient norm "
             f"{norm:.4g}, learning rate {get_lr(iter_num, cfg):.3g}, windows {first} to "
-            f"{first + cfg.batch_size - 1} of seed {cfg.seed}; nothing of it was saved"
+            f"{first + cfg.batch_size - 1} of seed {cfg.seed}{found}; nothing of it was saved"
         )
     if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_SCALE:
         raise Diverged(
@@ -714,7 +714,7 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
     check_finite(run)
     words = evaluate_both(run)
     if not math.isfinite(progress.train_loss + progress.val_loss):
-        check_finite(run, f"{words} after ")
+        check_finite(run, f", after which {words}")
     best = progress.best_val_loss is None or progress.val_loss < progress.best_val_loss
     if best:
         progress.best_val_loss = progress.val_loss
@@ -750,7 +750,7 @@ def save(run: Run, best: bool = False) -> None:
     largest = torch.stack([torch.linalg.vector_norm(t, math.inf) for t in tensors.values()])
     if not largest.isfinite().all():  # finite gradients can make infinite moments, and weights
         first = int(largest.isfinite().logical_not().nonzero()[0])
-        check_finite(run, f"{list(tensors)[first]} is not finite after ")
+        check_finite(run, f", after which {list(tensors)[first]} is not finite")
     of_model = model_config(cfg)
     meta = {
         "run_id": run.run_id,
