@@ -178,7 +178,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
             raise ValueError("its digest does not match: the file is damaged")
         meta = json.loads(header.pop("__metadata__")["folio"])
         if meta["format"] != FORMAT:
-            raise ValueError(f"its format is {meta['format']}, not {FORMAT}")
+            raise ValueError(f"its format is {meta['format']!r:.20}, not {FORMAT}")
         for key, kind in META.items():
             if type(meta[key]) is not kind:
                 raise ValueError(f"{key!r} in its header is no {kind.__name__}")

@@ -42,6 +42,7 @@ class GPTConfig:
     rotary: bool = False  # positions turn queries and keys; wpe goes
     qk_norm: bool = False  # LayerNorm of each query and key
     n_kv_head: Annotated[int, "[0, 1000]"] = 0  # heads of keys and values; 0: as many as n_head
+    conv: Annotated[int, "[1, 100]"] = 1  # tokens that are mixed, channel by channel, for the MLP
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -107,18 +108,38 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
+class ShortConv(nn.Module):
+    """x[t] + w[0] * x[t - 1] + w[1] * x[t - 2] ..., channel by channel; w begins at zero.
+
+    It shows the MLP what stands just before, for which a layer of attention would be needed
+    ("Canon layers", Allen-Zhu 2025).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.conv - 1, 1, config.n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, n = x.shape[1], len(self.weight)
+        padded, y = F.pad(x, (0, 0, n, 0)), x  # (B, n + T, C)
+        for k, w in enumerate(self.weight.to(x.dtype), 1):
+            y = torch.addcmul(y, padded[:, n - k : n - k + T], w)
+        return y
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = make_norm(config)
+        self.conv = ShortConv(config) if config.conv > 1 else nn.Identity()
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
         x = x + self.drop(self.attn(self.ln_1(x), turns))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        return x + self.drop(self.mlp(self.conv(self.ln_2(x))))
 
 
 class LanguageModel(nn.Module):
@@ -189,13 +210,13 @@ class GPT(LanguageModel):
         | attn.c_attn, mlp.c_fc: weight        | N(0, 0.02)                  |
         | attn.c_proj, mlp.c_proj: weight      | N(0, 0.02 / sqrt(2 n_layer))|
         | LayerNorms: weight                   | 1                           |
-        | every bias                           | 0                           |
+        | every bias, conv                     | 0                           |
 
         The two projections of each block write into the residual stream; the smaller scale keeps
         its variance from growing with depth.
         """
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "conv.weight")):
                 p.zero_()
             elif p.dim() == 1:
                 p.fill_(1)
@@ -492,7 +513,7 @@ def config_to_gpt2(config: GPTConfig) -> dict:
     gpt2 = GPTConfig()
     foreign = [
         f"{name}={getattr(config, name)}"
-        for name in ("norm", "rotary", "qk_norm", "n_kv_head")
+        for name in ("norm", "rotary", "qk_norm", "n_kv_head", "conv")
         if getattr(config, name) != getattr(gpt2, name)
     ]
     if config.activation not in GPT2_ACTIVATIONS:

@@ -10,7 +10,7 @@ out_dir = "out/shakespeare_char"
 
 n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
 activation, bias = "gelu", False
-rotary, qk_norm = True, True
+rotary, qk_norm, conv = True, True, 3
 
 batch_size = 16
 max_iters = 800

@@ -189,7 +189,7 @@ def _read_meta(folder: Path) -> dict:
     if (folder / "meta.json").exists():
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta["format"] != FORMAT:
-            raise ValueError(f"format {meta['format']} is not {FORMAT}")
+            raise ValueError(f"format {meta['format']!r:.20} is not {FORMAT}")
         return meta
     unknown = {"tokens": None, "bytes": None, "sha256": None}
     return {

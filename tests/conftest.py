@@ -27,7 +27,7 @@ SMALL = (
 ).split()
 # and with every part that is not GPT-2's
 MODERN = (
-    "--activation=relu2 --norm=rmsnorm --rotary --qk_norm --n_kv_head=1 --optimizer=muon"
+    "--activation=relu2 --norm=rmsnorm --rotary --qk_norm --n_kv_head=1 --conv=3 --optimizer=muon"
 ).split()
 
 needs_shakespeare = pytest.mark.skipif(

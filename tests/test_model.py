@@ -20,6 +20,7 @@ PARTS = {
     "rotary": True,
     "qk_norm": True,
     "n_kv_head": 2,
+    "conv": 3,
 }
 MODERN = replace(SMALL, **PARTS)
 SHAPES = {"gpt2": SMALL, "modern": MODERN}
@@ -160,6 +161,16 @@ def test_swiglu_is_what_its_formula_says():
     assert torch.allclose(mlp(x), mlp.c_proj(a * torch.sigmoid(a) * b))
     sizes = [sum(p.numel() for p in m.parameters()) for m in (gpt2, mlp)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_the_convolution_is_what_its_formula_says():
+    conv, x = scrambled(replace(SMALL, conv=3)).h[0].conv, torch.randn(2, 10, 128).double()
+    y, (one, two) = conv(x), conv.weight[:, 0]
+    assert torch.allclose(y[:, 0], x[:, 0])
+    assert torch.allclose(y[:, 1], x[:, 1] + one * x[:, 0])
+    assert torch.allclose(y[:, 9], x[:, 9] + one * x[:, 8] + two * x[:, 7])
+    fresh = GPT(replace(SMALL, conv=3)).h[0].conv
+    assert torch.equal(fresh(x.float()), x.float()), "at first it changes nothing"
 
 
 def test_heads_share_keys_and_values():

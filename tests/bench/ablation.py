@@ -20,6 +20,7 @@ OFF = {  # what takes a part out
     "Muon": "--optimizer=adamw --learning_rate=4e-3",
     "rotary positions": "--rotary=False",
     "QK-norm": "--qk_norm=False",
+    "convolution": "--conv=1",
     "exact GELU": "--activation=gelu_tanh",
 }
 GPT2 = " ".join(OFF.values())
