@@ -13,9 +13,9 @@ activation, bias = "gelu", False
 rotary, qk_norm, conv = True, True, 3
 
 batch_size = 16
-max_iters = 400
+max_iters = 500
 optimizer, muon_lr, learning_rate = "muon", 0.03, 12e-3  # adamw alone wants 4e-3
 schedule, warmup_iters = "linear", 0
 
-eval_interval = 200
+eval_interval = 250
 log_interval = 50

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from nanogpt_cpu import EITHER, RECIPES, train_nanogpt
 from shakespeare import ROOT, metrics, prepare, train
 
-UPDATES = (100, 400, 1150)
+UPDATES = (100, 500, 1150)
 
 
 def nanogpt_curve(checkout: Path, text: Path) -> list[tuple[float, float]]:
