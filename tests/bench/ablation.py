@@ -39,7 +39,7 @@ VARIANTS = {
 def main() -> None:
     text = Path(sys.argv[1]).resolve()
     seeds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    updates = int(sys.argv[3]) if len(sys.argv) > 3 else 200
+    updates = int(sys.argv[3]) if len(sys.argv) > 3 else 150
     recipe = [str(ROOT / "config/shakespeare_char_cpu.py"), f"--max_iters={updates}"]
     results = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:

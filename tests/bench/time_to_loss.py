@@ -20,7 +20,7 @@ ROWS = {  # what is aimed at: the words after `python train.py`
     "--max_iters=210 --eval_interval=210",
     "quick start": "",
     "1.4697": "--max_iters=800 --eval_interval=400",
-    "best": "--max_iters=1150 --eval_interval=575",
+    "best": "--weight_decay=0.4 --max_iters=1500 --eval_interval=750",
 }
 
 
