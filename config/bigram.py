@@ -2,7 +2,7 @@
 
 python train.py config/bigram.py
 
-Hardware: any. On 2 CPU cores 6 s in all, to a validation loss of 2.50.
+Hardware: any. On 2 CPU cores 5 s in all, to a validation loss of 2.50.
 """
 
 dataset = "shakespeare_char"

@@ -2,7 +2,7 @@
 
 python train.py config/shakespeare_char_cpu.py
 
-Hardware: any CPU. On 2 cores about a minute, to a validation loss of 1.55.
+Hardware: any CPU. On 2 cores about a minute, to a validation loss of 1.48.
 """
 
 dataset = "shakespeare_char"

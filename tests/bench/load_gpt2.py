@@ -40,7 +40,10 @@ weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 print(json.dumps([seconds, max(peak) - before, weights]))
 """
 WAYS = {
-    "Folio": ("from model import GPT", "GPT.from_pretrained(Path(sys.argv[1]))"),
+    "Folio": (
+        "import data.download, safetensors; from model import GPT",
+        "GPT.from_pretrained(sys.argv[1])",
+    ),
     "transformers": (
         "from transformers import GPT2LMHeadModel",
         "GPT2LMHeadModel.from_pretrained(sys.argv[1])",
