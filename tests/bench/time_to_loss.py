@@ -2,9 +2,9 @@
 
     python tests/bench/time_to_loss.py INPUT [SEEDS]
 
-INPUT is tiny Shakespeare's input.txt. The recipes and their lengths were chosen beforehand; the loss is
-that of the last update, on the whole validation text and on either half. The process includes imports,
-evaluations, saving, the picture and, but for the first row, a sample.
+INPUT is tiny Shakespeare's input.txt. The recipes and their lengths were chosen beforehand; the
+loss is that of the last update, on the whole validation text and on either half. The process
+includes imports, evaluations, saving, the picture and, but for the first row, a sample.
 """
 
 import statistics
