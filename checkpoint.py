@@ -399,13 +399,9 @@ def match(
         state = "lacks" if odd[0] in params else "has an unknown"
         raise UserError(f"{path} {state} tensor {prefix}{odd[0]}")
     for name, param in params.items():
-        has, wanted = ((tuple(t.shape), t.dtype) for t in (saved[name], param))
+        has, wanted = (f"{tuple(t.shape)} of {t.dtype}" for t in (saved[name], param))
         if has != wanted:
-            (shape, dtype), (wanted_shape, wanted_dtype) = has, wanted
-            raise UserError(
-                f"{path}: {prefix}{name} is {shape} of {dtype}, not {wanted_shape} of "
-                f"{wanted_dtype}"
-            )
+            raise UserError(f"{path}: {prefix}{name} is {has}, not {wanted}")
     return saved
 
 

@@ -211,9 +211,7 @@ class Run:
     model: LanguageModel
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
-    diverged: (
-        Tensor  # float32 (4,): flag, iter_num, loss, norm; of the first bad update or the last
-    )
+    diverged: Tensor  # float32 (4,): flag, iter_num, loss, norm of the first bad, else last, update
     progress: Progress
     clock: Clock
     stop: "StopSignals"
@@ -428,7 +426,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed for what comes next.
 
     As it is, it gives every large buffer back to the kernel, which clears its pages for the next
-    one; for updates of many tokens that takes a fifth of the time (README).
+    one: the more tokens an update has, the larger the part of its time.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -748,7 +746,7 @@ def save(run: Run, best: bool = False) -> None:
     tensors = {f"model.{name}": p for name, p in run.model.named_parameters()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(run).items()}
     largest = torch.stack([torch.linalg.vector_norm(t, math.inf) for t in tensors.values()])
-    if not largest.isfinite().all():  # finite gradients can make infinite moments, and weights
+    if not largest.isfinite().all():  # finite gradients times a huge learning rate are not
         first = int(largest.isfinite().logical_not().nonzero()[0])
         check_finite(run, f", after which {list(tensors)[first]} is not finite")
     of_model = model_config(cfg)

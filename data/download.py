@@ -17,7 +17,10 @@ TRIES = 3
 TIMEOUT = (3, 10)  # seconds to connect, seconds without a byte
 CHUNK = 1 << 16
 HTML = "a web page (HTML), not with a text"
-PAGE = re.compile(rb"(\s|<!--.*?-->|<\?xml.*?\?>)*<(!doctype html|html)", re.DOTALL | re.IGNORECASE)
+PAGE = re.compile(  # remarks end at their first -->: one way to match, however many there are
+    rb"(\s|<!--((?!-->).)*-->|<\?xml((?!\?>).)*\?>)*<(!doctype html|html)",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:
