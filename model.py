@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+Output = tuple[Tensor | None, Tensor | None]  # of forward: logits or loss
+
 
 @dataclass
 class GPTConfig:
@@ -225,8 +227,8 @@ class GPT(LanguageModel):
             else:
                 p.normal_(0, 0.02)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return logits (B, T, V) and, where targets (B, T) are given, their mean loss in nats.
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Output:
+        """Return logits (B, T, V) and None or, of targets (B, T), None and their mean loss in nats.
 
         Targets of -1 count for nothing.
         """
@@ -239,8 +241,10 @@ class GPT(LanguageModel):
         x = self.drop(x)
         for block in self.h:
             x = block(x, turns)
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
-        return logits, token_loss(logits, targets)
+        x = self.ln_f(x)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, token_loss(x, self.lm_head.weight, targets)
 
     def flops_per_token(self) -> int:
         """6 for each weight that multiplies a token, and 12 * n_layer * n_embd * block_size.
@@ -255,8 +259,8 @@ class GPT(LanguageModel):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     def activations_per_token(self) -> int:
-        """Of a block 16 times its width, and the logits, their softmax and their gradient."""
-        return 16 * self.config.n_layer * self.config.n_embd + 3 * self.config.vocab_size
+        """Of a block 16 times its width, and the logits."""
+        return 16 * self.config.n_layer * self.config.n_embd + self.config.vocab_size
 
     @staticmethod
     def from_pretrained(name: str | Path, cache_dir: str = "") -> "GPT":
@@ -312,10 +316,12 @@ class Bigram(LanguageModel):
         self.wte = nn.Embedding(config.vocab_size, config.vocab_size)
         nn.init.normal_(self.wte.weight, 0, 0.02)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Output:
         """As GPT.forward."""
         logits = self.wte(idx)  # (B, T, V)
-        return logits, token_loss(logits, targets)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def flops_per_token(self) -> int:
         """None to speak of: a row is looked up, and its gradient added."""
@@ -429,11 +435,49 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(-1) @ v).view(B, n_head, T, head_dim).transpose(1, 2)
 
 
-def token_loss(logits: Tensor, targets: Tensor | None) -> Tensor | None:
-    """Mean cross-entropy in nats over the targets that are not -1."""
-    if targets is None:
-        return None
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+def token_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits x weight^T, over the targets (B, T) that are not -1.
+
+    x (B, T, C), weight (V, C).
+    """
+    return TokenLoss.apply(x.flatten(0, 1), weight, targets.flatten(), torch.is_grad_enabled())
+
+
+class TokenLoss(torch.autograd.Function):
+    """token_loss() of N tokens, which makes the gradients at once.
+
+    The logits (N, V) are by far the largest tensor of a small model. They are kept once, in the
+    dtype of the product, and become their own gradient, softmax(logits) less 1 at the target, a few
+    rows at a time; so only these are ever there in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, backward_follows: bool) -> Tensor:
+        logits = F.linear(x, weight)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        rows = max(1, LOGITS_AT_A_TIME[x.device.type == "cpu"] // len(weight))
+        loss_sum = torch.zeros((), dtype=exact, device=x.device)
+        for some, t in zip(logits.split(rows), targets.split(rows), strict=True):
+            log_probs = some.log_softmax(-1, dtype=exact)
+            loss_sum += F.nll_loss(log_probs, t, ignore_index=-1, reduction="sum")
+            if backward_follows:
+                gradient = log_probs.exp_()
+                gradient[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
+                some.copy_(gradient.masked_fill_(t[:, None] < 0, 0))
+        count = (targets >= 0).sum()
+        if backward_follows:
+            dx = logits @ weight.to(logits.dtype)
+            dweight = logits.t() @ x.to(logits.dtype)
+            ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype), count)
+        return loss_sum / count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx, dweight, count = ctx.saved_tensors
+        return dx * (grad / count), dweight * (grad / count), None, None
+
+
+LOGITS_AT_A_TIME = {True: 2**22, False: 2**28}  # on a CPU, elsewhere: enough to keep it busy
 
 
 def token_probs(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:

@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent
 QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
 QUICK_START_SECONDS = 10  # to download its text, before it does without
 SMALLEST_SCALE = 2**-10  # of float16's gradients; below it they are beyond hope
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever ends first
 
 
@@ -423,15 +423,15 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what comes next.
+    """Have glibc keep what is freed for what comes next, in buffers of up to 32 MiB.
 
     As it is, it gives every large buffer back to the kernel, which clears its pages for the next
-    one: the more tokens an update has, the larger the part of its time.
+    one. Were the largest kept too, a few bytes in the place of one could cost another of its size.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def make_run(
@@ -674,17 +674,18 @@ def evaluate(run: Run, split: bins.Split, max_tokens: int) -> float:
     batch_size = run.cfg.micro_batch_size  # the one shape that compiled code sees
     all_starts = bins.eval_windows(len(split.tokens), run.cfg.block_size, max_tokens)
     run.model.eval()
-    losses, counts = [], []
-    for i in range(0, len(all_starts), batch_size):
+    n_batches = math.ceil(len(all_starts) / batch_size)
+    losses, counts = torch.zeros(2, n_batches, device=run.cfg.device)
+    for i in range(n_batches):
         run.stop.check()
-        starts = all_starts[i : i + batch_size]
+        starts = all_starts[i * batch_size : (i + 1) * batch_size]
         idx, targets = get_batch(run, split, np.resize(starts, batch_size))
         targets[len(starts) :] = bins.IGNORED  # rows that fill the last batch up
         with autocast(run):
-            losses.append(run.model(idx, targets)[1])
-        counts.append((targets != bins.IGNORED).sum())
+            losses[i] = run.model(idx, targets)[1]
+        counts[i] = (targets != bins.IGNORED).sum()
     run.model.train()
-    losses, counts = torch.stack(losses).cpu().double(), torch.stack(counts).cpu()
+    losses, counts = losses.cpu().double(), counts.cpu()
     return float((losses * counts).sum() / counts.sum())
 
 

@@ -7,11 +7,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAKESPEARE, needs_shakespeare
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_py
 from config import UserError, build
-from model import GPT, LONGEST_WRITTEN_OUT, Bigram, GPTConfig, attend, rotary_turns, rotate
+from model import (
+    GPT,
+    LONGEST_WRITTEN_OUT,
+    Bigram,
+    GPTConfig,
+    attend,
+    rotary_turns,
+    rotate,
+    token_loss,
+)
 
 SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65)
 PARTS = {
@@ -211,6 +222,32 @@ def test_attention_is_what_the_formula_says():
     scores = scores.masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf)
     y = attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 10, 128))
     assert torch.allclose(attn(x), y, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_a_time", [2**22, 1000, 1])
+@pytest.mark.parametrize("dtype, within", [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_the_loss_is_cross_entropy_whatever_is_held_at_a_time(
+    monkeypatch, at_a_time, dtype, within
+):
+    """Its gradients too: those of torch's own."""
+    monkeypatch.setitem(model_py.LOGITS_AT_A_TIME, True, at_a_time)
+    x, weight = torch.randn(2, 7, 16).double(), torch.randn(300, 16).double()
+    x, weight = (p.to(dtype).requires_grad_() for p in (x, weight))
+    targets = torch.randint(300, (2, 7))
+    targets[0, 3:5] = -1
+    loss = token_loss(x, weight, targets)
+    logits = x.double() @ weight.double().t()
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    with torch.inference_mode():
+        assert torch.equal(token_loss(x, weight, targets), loss)
+    assert loss.item() == pytest.approx(expected.item(), rel=within)
+    for ours, exact in zip(
+        torch.autograd.grad(3 * loss, (x, weight)),
+        torch.autograd.grad(3 * expected, (x, weight)),
+        strict=True,
+    ):
+        assert ours.dtype == dtype
+        assert (ours - exact).norm() <= within * exact.norm()
 
 
 def test_ignored_targets_count_for_nothing():

@@ -399,6 +399,26 @@ def test_evaluation_is_the_mean_over_all_tokens(train, data_dir, capsys):
     assert meta["progress"]["val_loss"] == pytest.approx(total / (len(val) - 1), abs=1e-5)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there is memory kept")
+def test_memory_that_is_kept_does_not_grow():
+    """Something small that stays, in the place of something large, must not cost its size again."""
+    code = """
+import resource, torch, train
+train.keep_freed_memory()
+before, kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+for _ in range(30):
+    a, b = torch.ones(2, 2**24)  # 64 MiB each
+    a, b = a.clone(), b.clone()
+    del a
+    kept.append(torch.ones(2**10))
+    del b
+    kept.append(torch.ones(2**12))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 500  # MiB
+
+
 # ---- when numbers fail
 
 
