@@ -5,8 +5,9 @@
 INPUT is tiny Shakespeare's input.txt. The recipe is config/shakespeare_char_cpu.py, with fewer
 updates; where AdamW updates all of the weights it gets the learning rate that suits it better.
 Printed are the seconds of training, medians of the loss after the last update on the whole
-validation text and on either half, and the largest less the smallest loss over the seeds. Seeds
-take turns.
+validation text and on either half, and the largest less the smallest loss over the seeds; then,
+trained anew by as many updates as take the recipe's time, these updates and their loss. Seeds take
+turns.
 """
 
 import statistics
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shakespeare import ROOT, prepare, train
+from shakespeare import ROOT, Result, prepare, train
 
 OFF = {  # what takes a part out
     "Muon": "--optimizer=adamw --learning_rate=4e-3",
@@ -41,24 +42,36 @@ def main() -> None:
     seeds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     updates = int(sys.argv[3]) if len(sys.argv) > 3 else 150
     recipe = [str(ROOT / "config/shakespeare_char_cpu.py"), f"--max_iters={updates}"]
-    results = {name: [] for name in VARIANTS}
+    equal_tokens, equal_time = ({name: [] for name in VARIANTS} for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), text)
         for seed in range(1337, 1337 + seeds):
             for name, words in VARIANTS.items():
-                options = [*recipe, *words.split(), f"--seed={seed}", f"--eval_interval={updates}"]
-                results[name].append(train(Path(folder), *options))
-    print(f"{'':26}{'training':>10}{'loss':>9}{'first half':>12}{'second':>9}{'spread':>9}")
-    for name, runs in results.items():
-        median = {
-            field: statistics.median(getattr(r, field) for r in runs)
-            for field in ("training", "loss", "first", "second")
-        }
-        spread = max(r.loss for r in runs) - min(r.loss for r in runs)
+                options = [*recipe, *words.split(), f"--seed={seed}", "--eval_interval=1000000"]
+                result = train(Path(folder), *options)
+                equal_tokens[name].append(result)
+                share = equal_tokens["the recipe"][-1].training / result.training
+                options.append(f"--max_iters={round(updates * share)}")
+                equal_time[name].append(train(Path(folder), *options))
+    print(f"{'':26}{'':47}{'in the time of the recipe':>28}")
+    print(f"{'':26}{'training':>10}{'loss':>9}{'halves':>17}{'spread':>9}", end="")
+    print(f"{'updates':>12}{'training':>10}{'loss':>9}{'spread':>9}")
+    for name in VARIANTS:
+        tokens, time = equal_tokens[name], equal_time[name]
         print(
-            f"{name:26}{median['training']:8.1f} s{median['loss']:9.4f}{median['first']:12.4f}"
-            f"{median['second']:9.4f}{spread:9.4f}"
+            f"{name:26}{median(tokens, 'training'):8.1f} s{median(tokens, 'loss'):9.4f}"
+            f"{median(tokens, 'first'):9.4f}{median(tokens, 'second'):8.4f}{spread(tokens):9.4f}"
+            f"{statistics.median(r.options['max_iters'] for r in time):12.0f}"
+            f"{median(time, 'training'):8.1f} s{median(time, 'loss'):9.4f}{spread(time):9.4f}"
         )
+
+
+def median(runs: list[Result], field: str) -> float:
+    return statistics.median(getattr(r, field) for r in runs)
+
+
+def spread(runs: list[Result]) -> float:
+    return max(r.loss for r in runs) - min(r.loss for r in runs)
 
 
 if __name__ == "__main__":
