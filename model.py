@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 Output = tuple[Tensor | None, Tensor | None]  # of forward: logits or loss
+Turns = tuple[Tensor, Tensor]  # cos and sin of the angles that rotary positions turn by
 
 
 @dataclass
@@ -72,7 +73,9 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, turns: Turns | None = None, layer: "LayerCache | None" = None
+    ) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, C // self.n_head)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
@@ -81,6 +84,8 @@ class CausalSelfAttention(nn.Module):
         if turns is not None:
             qk = rotate(qk, turns)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=2)  # (B, T, n_head, head_dim)
+        if layer is not None:
+            k, v = layer.add(k, v)
         return self.c_proj(attend(q, k, v).reshape(B, T, C))
 
 
@@ -121,9 +126,10 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.conv - 1, 1, config.n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: "LayerCache | None" = None) -> Tensor:
         T, n = x.shape[1], len(self.weight)
-        padded, y = F.pad(x, (0, 0, n, 0)), x  # (B, n + T, C)
+        padded = F.pad(x, (0, 0, n, 0)) if layer is None else layer.after_inputs(x, n)
+        y = x  # (B, T, C); padded (B, n + T, C)
         for k, w in enumerate(self.weight.to(x.dtype), 1):
             y = torch.addcmul(y, padded[:, n - k : n - k + T], w)
         return y
@@ -135,13 +141,60 @@ class Block(nn.Module):
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = make_norm(config)
-        self.conv = ShortConv(config) if config.conv > 1 else nn.Identity()
+        self.conv = ShortConv(config) if config.conv > 1 else None
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), turns))
-        return x + self.drop(self.mlp(self.conv(self.ln_2(x))))
+    def forward(
+        self, x: Tensor, turns: Turns | None = None, layer: "LayerCache | None" = None
+    ) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), turns, layer))
+        y = self.ln_2(x)
+        if self.conv is not None:
+            y = self.conv(y, layer)
+        return x + self.drop(self.mlp(y))
+
+
+class LayerCache:
+    """What one layer keeps of the tokens before: their keys and values, and its conv's inputs."""
+
+    def __init__(self, cache: "Cache"):
+        self.of, self.keys, self.values, self.inputs = cache, None, None, None
+
+    def add(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v (B or 1, T, n_kv_head, head_dim); return those that the queries see."""
+        start, size, T = self.of.length, self.of.size, k.shape[1]
+        if self.keys is None:  # in the dtype that is computed in, whatever that of the weights
+            shape = (self.of.B, k.shape[2], size, k.shape[3])
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        if start == 0:
+            self.keys[:, :, :T], self.values[:, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
+            return k, v
+        assert T == 1
+        self.keys[:, :, start % size], self.values[:, :, start % size] = k[:, 0], v[:, 0]
+        n = min(start + 1, size)
+        return self.keys[:, :, :n].transpose(1, 2), self.values[:, :, :n].transpose(1, 2)
+
+    def after_inputs(self, x: Tensor, n: int) -> Tensor:
+        """x (B or 1, T, C) after the n inputs before it, zeros where there are none."""
+        if self.of.length == 0:
+            self.inputs = x.new_zeros(x.shape[0], n, x.shape[2])
+        padded = torch.cat((self.inputs, x), dim=1)
+        self.inputs = padded[:, -n:].expand(self.of.B, -1, -1)
+        return padded
+
+
+class Cache:
+    """What a GPT keeps of B texts, so that their next tokens alone have to be computed.
+
+    Of the last `size` tokens; a further one takes the place of the oldest. `length` counts those
+    seen, and forward() alone advances it. Texts may begin with one prompt, as a batch of 1. With
+    learned positions there is no place beyond block_size, and generate() begins anew.
+    """
+
+    def __init__(self, config: GPTConfig, B: int, size: int):
+        self.B, self.size, self.length = B, size, 0
+        self.layers = [LayerCache(self) for _ in range(config.n_layer)]
 
 
 class LanguageModel(nn.Module):
@@ -169,23 +222,39 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float = 1.0,
         n_ids: int | None = None,
+        plain: bool = False,
     ) -> Iterator[Tensor]:
-        """Continue `idx` (B, T) by N ids, yielding them (B,) position after position, on the CPU.
+        """Continue `idx` (B or 1, T) by N ids, yielding them (B,) position after position.
 
-        `uniforms` (B, N) in [0, 1), on the CPU, decide the draws of each row, so that a row's text
-        depends on its own numbers alone. Only the last block_size ids are seen. Ids from `n_ids`
-        on are never drawn; temperature 0 takes the likeliest id.
+        `uniforms` (B, N) in [0, 1) decide the draws of each row, so that a row's text depends on
+        its own numbers alone. Ids from `n_ids` on are never drawn; temperature 0 takes the
+        likeliest id. Ids are computed from the last block_size ids: by `plain` from nothing else,
+        anew for every id; without it from a cache, to the same ids until there are more than
+        block_size. From then on a cache with rotary positions still holds, in the deeper layers,
+        something of what it saw before; with learned positions the older half of the text is
+        forgotten each time that it is full.
         """
-        for u in uniforms.unbind(1):
-            # forward itself: a compiled model would be compiled anew for each length
-            logits, _ = self.forward(idx[:, -self.config.block_size :])
-            logits = logits[:, -1, :n_ids].float().cpu()
-            if temperature == 0:
-                new = logits.argmax(-1)
-            else:
-                new = draw(token_probs(logits, temperature, top_k, top_p), u)
+        B, N = uniforms.shape
+        cache = None if plain else self.new_cache(B, idx.shape[1] + N)
+        for u in uniforms.to(idx.device).unbind(1):
+            logits = self.next_logits(idx, cache)[:, :n_ids].expand(B, -1)
+            new = choose(logits, u, temperature, top_k, top_p)  # (B,)
             yield new
-            idx = torch.cat((idx, new[:, None].to(idx.device)), dim=1)
+            idx = torch.cat((idx.expand(B, -1), new[:, None]), dim=1)
+
+    def new_cache(self, B: int, n_tokens: int) -> Cache | None:
+        """A cache for B texts of at most n_tokens; None where a model needs none."""
+        return None
+
+    def numbers_to_generate(self, n_tokens: int) -> int:
+        """Numbers held at a time, roughly, while a text grows to n_tokens."""
+        return 8 * self.config.vocab_size
+
+    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits (B, V) of what follows idx (B, T), of which the cache saw all but the last."""
+        # forward itself: a compiled model would be compiled anew for each length
+        logits, _ = self.forward(idx[:, -self.config.block_size :])
+        return logits[:, -1]
 
 
 class GPT(LanguageModel):
@@ -227,24 +296,52 @@ class GPT(LanguageModel):
             else:
                 p.normal_(0, 0.02)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Output:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> Output:
         """Return logits (B, T, V) and None or, of targets (B, T), None and their mean loss in nats.
 
-        Targets of -1 count for nothing.
+        Targets of -1 count for nothing. With a cache idx is what comes after the tokens that it
+        has seen, a single one unless it is empty, and the logits are those of the last: (B, 1, V).
         """
-        c, positions = self.config, torch.arange(idx.shape[1], device=idx.device)
+        c, T = self.config, idx.shape[1]
+        start = cache.length if cache else 0
+        positions = torch.arange(start, start + T, device=idx.device)
         x, turns = self.wte(idx), None  # (B, T, C)
         if c.rotary:
             turns = rotary_turns(positions, c.n_embd // c.n_head)
         else:
             x = x + self.wpe(positions)
         x = self.drop(x)
-        for block in self.h:
-            x = block(x, turns)
+        for i, block in enumerate(self.h):
+            x = block(x, turns, cache and cache.layers[i])
+        if cache:
+            cache.length += T
+            x = x[:, -1:]
         x = self.ln_f(x)
         if targets is None:
             return self.lm_head(x), None
         return None, token_loss(x, self.lm_head.weight, targets)
+
+    def new_cache(self, B: int, n_tokens: int) -> Cache:
+        return Cache(self.config, B, min(n_tokens, self.config.block_size))
+
+    def numbers_to_generate(self, n_tokens: int) -> int:
+        c = self.config
+        width = 2 * c.n_layer * c.n_embd * (c.n_kv_head or c.n_head) // c.n_head  # of the cache
+        width += 16 * c.n_embd  # of a layer, when the newer half of a text is computed anew
+        return min(n_tokens, c.block_size) * width + super().numbers_to_generate(n_tokens)
+
+    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        if cache is None:
+            return super().next_logits(idx)
+        if cache.length == 0:
+            idx = idx[:, -cache.size :]
+        elif cache.length == cache.size and not self.config.rotary:
+            cache.length, idx = 0, idx[:, -max(1, cache.size // 2) :]
+        else:
+            idx = idx[:, -1:]
+        return self.forward(idx, cache=cache)[0][:, -1]
 
     def flops_per_token(self) -> int:
         """6 for each weight that multiplies a token, and 12 * n_layer * n_embd * block_size.
@@ -284,8 +381,7 @@ class GPT(LanguageModel):
             stored_names, weights = file.keys(), {}
             if config.n_layer > len(stored_names):
                 raise ValueError(f"{len(stored_names)} tensors are not n_layer={config.n_layer}")
-            model = outline("gpt", config)
-            expected = {name: p.shape for name, p in model.named_parameters()}
+            expected = {name: p.shape for name, p in outline("gpt", config).named_parameters()}
             for stored_name in stored_names:
                 name = stored_name.removeprefix("transformer.")
                 if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", name):
@@ -302,9 +398,7 @@ class GPT(LanguageModel):
                 weights[name] = tensor
         if expected:
             raise ValueError(f"tensor {min(expected)} is missing")
-        model.load_state_dict(weights, strict=False, assign=True)
-        model.lm_head.weight = model.wte.weight
-        return model
+        return assemble("gpt", config, weights)
 
 
 class Bigram(LanguageModel):
@@ -352,6 +446,15 @@ def outline(kind: str, config: GPTConfig) -> LanguageModel:
         return MODELS[kind](config)
 
 
+def assemble(kind: str, config: GPTConfig, weights: dict[str, Tensor]) -> LanguageModel:
+    """The model of which these tensors are the parameters, by name; they are not copied."""
+    model = outline(kind, config)
+    model.load_state_dict(weights, strict=False, assign=True)
+    if isinstance(model, GPT):
+        model.lm_head.weight = model.wte.weight
+    return model
+
+
 def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:
     """A GPT's tensors with positions cropped to block_size and the vocabulary padded to vocab_size.
 
@@ -392,7 +495,7 @@ ACTIVATIONS = {
 }
 
 
-def rotary_turns(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def rotary_turns(positions: Tensor, head_dim: int) -> Turns:
     """cos and sin (T, 1, head_dim / 2) of the angles by which a position turns its pairs.
 
     Pair j turns by position * 10000^(-2j / head_dim) (Su et al. 2021, "RoFormer").
@@ -402,7 +505,7 @@ def rotary_turns(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, turns: Turns) -> Tensor:
     """x (B, T, n_head, head_dim) turned; numbers j and j + head_dim / 2 of a vector are a pair."""
     cos, sin = (part.to(x.dtype) for part in turns)  # in bfloat16 to 3 digits, as x itself
     a, b = x.chunk(2, dim=-1)
@@ -413,8 +516,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention: softmax(q k^T / sqrt(head_dim)) v, shaped as q (B, T, n_head, head_dim).
 
     Each of k and v (B, T, n_kv_head, head_dim) serves n_head / n_kv_head queries (Ainslie et al.
-    2023, "GQA"). Without dropout on the weights, which would take SDPA off its fused path (README).
+    2023, "GQA"). The queries of a single token, T = 1, see all of k and v, however many. Without
+    dropout on the weights, which would take SDPA off its fused path (README).
     """
+    if q.shape[1] == 1:  # those that share a key and value are these queries' T
+        k, v = (x.transpose(1, 2) for x in (k, v))  # (B, n_kv_head, n, head_dim)
+        y = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v)
+        return y.view(q.shape)
     if (queries := q.shape[2] // k.shape[2]) > 1:
         k, v = (x.repeat_interleave(queries, dim=2) for x in (k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= LONGEST_WRITTEN_OUT:
@@ -480,19 +588,30 @@ class TokenLoss(torch.autograd.Function):
 LOGITS_AT_A_TIME = {True: 2**22, False: 2**28}  # on a CPU, elsewhere: enough to keep it busy
 
 
-def token_probs(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """Probabilities (B, V) from logits (B, V): tempered, then the top_k, then the top_p of those.
+def choose(
+    logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float
+) -> Tensor:
+    """Ids (B,) drawn from logits (B, V) by u (B,) in [0, 1); the likeliest at temperature 0.
 
-    top_k keeps the k likeliest ids (Fan et al. 2018), ties with the last included; top_p the
-    smallest set of ids that holds a share p (Holtzman et al. 2020), at least one.
+    top_k leaves the k likeliest ids to draw from (Fan et al. 2018), top_p the fewest of these that
+    hold a share p (Holtzman et al. 2020).
     """
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is None or top_k >= logits.shape[-1]:
+        return draw(token_probs(logits, temperature, top_p), u)
+    kept = logits.topk(top_k, sorted=False).indices.sort().values
+    places = draw(token_probs(logits.gather(-1, kept), temperature, top_p), u)
+    return kept.gather(-1, places[:, None])[:, 0]
+
+
+def token_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Probabilities (B, V) from logits (B, V): tempered, then those of the likeliest that hold a
+    share top_p, at least one."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # with the largest logit at 0, no temperature above 0 is too small to divide by
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probs = logits.softmax(-1)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         ranked, order = probs.sort(descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked  # the share held by likelier ids
@@ -503,8 +622,9 @@ def token_probs(logits: Tensor, temperature: float, top_k: int | None, top_p: fl
 
 def draw(probs: Tensor, u: Tensor) -> Tensor:
     """Ids (B,) where the cumulative distribution of probs (B, V) passes u (B,), u in [0, 1)."""
-    cumulative = probs.double().cumsum(-1)
-    passed = u[:, None].double() * cumulative[:, -1:]
+    exact = torch.float32 if probs.device.type == "mps" else torch.float64  # all that it has
+    cumulative = probs.to(exact).cumsum(-1)
+    passed = u[:, None].to(exact) * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
     return ids.where(ids < probs.shape[-1], probs.argmax(-1))  # u so near 1 that it rounded up
 

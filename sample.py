@@ -3,6 +3,7 @@
     python sample.py --prompt "ROMEO:"                            from the newest run in out/
     python sample.py --checkpoint out/shakespeare_char --num_samples 3 --temperature 0.8
     python sample.py --prompt FILE:start.txt --stop "\\n\\n" --device cpu
+    python sample.py --num_samples 1000 --output samples.jsonl
     echo "To be" | python sample.py --prompt -
     python sample.py --checkpoint gpt2-xl --prompt "The answer to life, the universe and everything"
     python sample.py --interactive                                a prompt a line, until Ctrl-D
@@ -10,14 +11,18 @@
     prompt -> Tokenizer.encode -> idx (B, T) -> GPT.generate -> ids (B,) -> text, piece by piece
 
 The text goes to standard output, everything else to standard error. A single sample appears as it
-is made. A sample ends early at --stop, which is not shown, or at the end-of-text token.
+is made; of several as many are made together as memory allows. A sample ends early at --stop, which
+is not shown, or at the end-of-text token.
 """
 
 import codecs
+import json
+import os
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +30,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 import checkpoint
 import config
@@ -32,8 +38,9 @@ from config import UserError
 from data import tokenizer
 from data.download import GPT2, pretrained_folder
 from data.tokenizer import Tokenizer
-from model import GPT, MODELS, GPTConfig, LanguageModel, outline
+from model import GPT, MODELS, GPTConfig, LanguageModel, assemble, outline
 
+TOGETHER = 32  # tokens of each sample that are made before their text is looked at
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
@@ -51,14 +58,15 @@ class SampleConfig:
     prompt: str = ""  # empty: begins after end-of-text, a newline, or a token drawn by the seed
 
     # how
-    num_samples: Annotated[int, "[1, 1e4]"] = 1  # how many, all from the same prompt
+    num_samples: Annotated[int, "[1, 1e6]"] = 1  # how many, all from the same prompt
     max_new_tokens: Annotated[int, "[1, 1e5]"] = 500  # length of each, in tokens
     temperature: Annotated[float, "[0, inf)"] = 0.8  # 0: always the likeliest token
     top_k: Annotated[int, "[1, inf)"] = 200  # draw from the k likeliest tokens only
     top_p: Annotated[float, "(0, 1]"] = 1.0  # and from the fewest that hold this share
     stop: str = ""  # end a sample before this text (escapes as in the prompt)
-    interactive: bool = False  # read prompts from the terminal, one after another
     seed: Annotated[int, "[0, inf)"] = 1337  # the same seed, the same text
+    interactive: bool = False  # read prompts from the terminal, one after another
+    output: str = ""  # a new file: a JSON line for each sample (prompt, text, tokens, seed, number)
 
 
 @config.script
@@ -66,11 +74,15 @@ def main(argv: list[str]) -> None:
     options = config.build(SampleConfig, config.read(SampleConfig, argv, instead=NANOGPT))
     if options.interactive and options.prompt:
         raise UserError("--interactive reads its prompts from the terminal: leave --prompt out")
+    if options.interactive and options.output:
+        raise UserError("--interactive shows its samples: leave --output out")
     device = find_device(options.device)
     prompt = read_prompt(options.prompt)
     options.stop = unescape(options.stop)
     name = options.checkpoint or str(checkpoint.newest_run(Path("out")))
     model, meta = load_model(name, device, options.cache_dir)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        model.bfloat16()
     tok = tokenizer.load(meta["tokenizer"])
     ids = start_ids(tok, prompt, options.seed)
 
@@ -101,15 +113,66 @@ def show(
         print(
             f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr
         )
-    pieces = complete(model, tok, ids, options)
-    if options.num_samples == 1:
+    if options.output:
+        write(model, tok, prompt, ids, options)
+    elif options.num_samples == 1:
         print(prompt, end="", flush=True)
-        for (piece,) in pieces:
-            print(piece, end="", flush=True)
+        stream = TextStream(tok, options.stop)
+        for _ in complete(model, [stream], ids, options, at_a_time=1):
+            print(stream.take(), end="", flush=True)
         print()
     else:
-        for text in map("".join, zip(*pieces, strict=True)):
-            print(prompt + text, "-" * 80, sep="\n")
+        for stream in make(model, tok, ids, options):
+            tqdm.write(f"{prompt}{stream.take()}\n{'-' * 80}")
+
+
+def write(
+    model: LanguageModel, tok: Tokenizer, prompt: str, ids: np.ndarray, options: SampleConfig
+) -> None:
+    """Write the samples to --output, which must be new: a JSON line each, as they are made."""
+    try:
+        file = open(options.output, "x", encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise UserError(f"--output={options.output}: {reason}; choose another name") from None
+    with file:
+        for number, stream in enumerate(make(model, tok, ids, options)):
+            line = {"prompt": prompt, "text": stream.take(), "tokens": stream.ids}
+            line |= {"seed": options.seed, "number": number}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    print(f"saved: {options.output}, {options.num_samples} samples", file=sys.stderr)
+
+
+def make(
+    model: LanguageModel, tok: Tokenizer, ids: np.ndarray, options: SampleConfig
+) -> Iterator["TextStream"]:
+    """Make all samples, in batches, under a progress bar; yield them in their order."""
+    total = options.num_samples * options.max_new_tokens
+    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
+        for numbers in batches(model, len(ids), options):
+            streams = [TextStream(tok, options.stop) for _ in numbers]
+            for _ in complete(model, streams, ids, options, numbers.start):
+                bar.update(len(numbers) * TOGETHER)
+            bar.update(numbers.stop * options.max_new_tokens - bar.n)
+            yield from streams
+
+
+def batches(model: LanguageModel, n_prompt: int, options: SampleConfig) -> Iterator[range]:
+    """The numbers of the samples, in parts that fit into a quarter of the memory."""
+    there = memory(next(model.parameters()).device) or 2**32
+    of_one = 4 * model.numbers_to_generate(n_prompt + options.max_new_tokens)
+    at_once = max(1, there // 4 // of_one)
+    for first in range(0, options.num_samples, at_once):
+        yield range(first, min(first + at_once, options.num_samples))
+
+
+def memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if hasattr(os, "sysconf"):  # all but Windows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def find_device(name: str) -> torch.device:
@@ -148,9 +211,8 @@ def load_model(name: str, device: torch.device, cache_dir: str = "") -> tuple[La
     path = checkpoint.find(name, (checkpoint.BEST, checkpoint.LATEST))
     tensors, meta = checkpoint.load(path)
     cfg = check_model(tensors, meta, path)
-    model = MODELS[meta["model"]](cfg)
-    checkpoint.restore(dict(model.named_parameters()), tensors, "model.", path)
-    return model.to(device).eval(), meta
+    weights = {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
+    return assemble(meta["model"], cfg, weights).to(device).eval(), meta
 
 
 def check_model(tensors: dict[str, Tensor], meta: dict, path: Path) -> GPTConfig:
@@ -222,56 +284,81 @@ def start_ids(tok: Tokenizer, prompt: str, seed: int) -> np.ndarray:
 
 
 def complete(
-    model: LanguageModel, tok: Tokenizer, ids: np.ndarray, options: SampleConfig
-) -> Iterator[list[str]]:
-    """Yield, one position after the other, the text that each of the samples gains."""
-    device = next(model.parameters()).device
-    idx = torch.from_numpy(ids.astype(np.int64)).to(device).expand(options.num_samples, -1)
+    model: LanguageModel,
+    streams: "list[TextStream]",
+    ids: np.ndarray,
+    options: SampleConfig,
+    first: int = 0,
+    at_a_time: int = TOGETHER,
+) -> Iterator[None]:
+    """Bring the samples of the numbers `first` and following to their ends, yielding now and then.
+
+    Each number has random numbers of its own, so that sample 7 is the same among 10 or 1000, but
+    for rounding.
+    """
+    numbers = range(first, first + len(streams))
+    idx = torch.from_numpy(ids.astype(np.int64))[None].to(next(model.parameters()).device)
     n = options.max_new_tokens
-    # each sample has its own stream: sample 7 is the same among 10 or 1000
-    streams = [np.random.default_rng((options.seed, i)) for i in range(options.num_samples)]
-    uniforms = torch.from_numpy(np.stack([s.random(n) for s in streams]))
-    texts = [TextStream(tok, options.stop) for _ in range(options.num_samples)]
-    for new in model.generate(
-        idx, uniforms, options.temperature, options.top_k, options.top_p, tok.vocab_size
-    ):
-        yield [text.add(i) for text, i in zip(texts, new.tolist(), strict=True)]
-        if all(text.ended for text in texts):
-            return
-    yield [text.finish() for text in texts]
+    draws = [np.random.default_rng((options.seed, i)).random(n, np.float32) for i in numbers]
+    steps = model.generate(
+        idx,
+        torch.from_numpy(np.stack(draws)),
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        streams[0].tok.vocab_size,
+    )
+    while some := list(islice(steps, at_a_time)):  # (B,) each
+        for new in torch.stack(some).tolist():
+            for stream, i in zip(streams, new, strict=True):
+                stream.add(i)
+        if all(stream.ended for stream in streams):
+            break
+        yield
+    for stream in streams:
+        stream.finish()
+    yield
 
 
 class TextStream:
     """Turns ids into text that may be shown at once: whole characters, and nothing of `stop`."""
 
     def __init__(self, tok: Tokenizer, stop: str = ""):
-        self.tok, self.stop, self.held, self.ended = tok, stop, "", False
+        self.tok, self.stop, self.ids, self.ended = tok, stop, [], False
+        self._ready, self._held = [], ""  # what has become certain, what may yet be `stop`
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, i: int) -> str:
-        """The text that has become certain with one more id."""
+    def add(self, i: int) -> None:
+        """One more id."""
         if self.ended:
-            return ""
+            return
+        self.ids.append(i)
         if i == self.tok.end_of_text:
             return self.finish()
-        self.held += self._utf8.decode(self.tok.decode_bytes([i]))
-        before, found, _ = self.held.partition(self.stop) if self.stop else (self.held, "", "")
+        self._held += self._utf8.decode(self.tok.decode_bytes([i]))
+        before, found, _ = self._held.partition(self.stop) if self.stop else (self._held, "", "")
         if found:
             self.ended = True
-            return before
+            self._ready.append(before)
+            return
         keep = max(
-            (n for n in range(1, len(self.stop)) if self.held.endswith(self.stop[:n])), default=0
+            (n for n in range(1, len(self.stop)) if self._held.endswith(self.stop[:n])), default=0
         )
-        shown = self.held[: len(self.held) - keep]
-        self.held = self.held[len(shown) :]
-        return shown
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(shown) :]
+        self._ready.append(shown)
 
-    def finish(self) -> str:
-        """What was held back, when nothing more can come."""
-        if self.ended:
-            return ""
-        self.ended = True
-        return self.held + self._utf8.decode(b"", final=True)
+    def finish(self) -> None:
+        """Nothing more can come: what was held back is text."""
+        if not self.ended:
+            self.ended = True
+            self._ready.append(self._held + self._utf8.decode(b"", final=True))
+
+    def take(self) -> str:
+        """The text that has become certain since the last call."""
+        text = "".join(self._ready)
+        self._ready.clear()
+        return text
 
 
 if __name__ == "__main__":

@@ -43,10 +43,13 @@ from model import LONGEST_WRITTEN_OUT, MODELS, GPTConfig, LanguageModel, fit, ou
 from muon import Muon
 from sample import (
     SampleConfig,
+    TextStream,
+    batches,
     check_model,
     complete,
     find_device,
     load_pretrained,
+    memory,
     start_ids,
     unescape,
 )
@@ -493,13 +496,8 @@ def memory_needed(cfg: TrainConfig, model: LanguageModel) -> int:
 
 def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
     """Refuse what this machine has no room for; what comes near its limit is let through."""
-    if cfg.device.startswith("cuda"):
-        there = torch.cuda.mem_get_info(cfg.device)[1]
-    elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return  # Windows
-    if (needed := memory_needed(cfg, model)) > there:
+    there = memory(torch.device(cfg.device))
+    if there and (needed := memory_needed(cfg, model)) > there:
         raise UserError(
             f"this takes about {needed / 2**30:,.0f} GiB and {cfg.device} has "
             f"{there / 2**30:,.0f}: use a smaller model, micro_batch_size or block_size"
@@ -881,14 +879,13 @@ def print_samples(run: Run, log: metrics.Log) -> None:
     prompt = unescape(cfg.sample_prompt)
     ids = start_ids(run.tok, prompt, cfg.seed)
     run.model.eval()
-    pieces = []
-    with autocast(run):
-        for piece in complete(run.model, run.tok, ids, options):
+    for numbers in batches(run.model, len(ids), options):
+        streams = [TextStream(run.tok) for _ in numbers]
+        for _ in complete(run.model, streams, ids, options, numbers.start):
             run.stop.check()
-            pieces.append(piece)
+        for stream in streams:
+            log.sample(run.progress.iter_num, prompt + stream.take())
     run.model.train()
-    for text in map("".join, zip(*pieces, strict=True)):
-        log.sample(run.progress.iter_num, prompt + text)
 
 
 def make_boards(run: Run) -> list[metrics.TensorBoard | metrics.WandB]:

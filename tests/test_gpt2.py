@@ -311,7 +311,7 @@ def test_padded_ids_are_never_drawn(folder, gpt2_data):
         model.wte.weight[50257:] *= 1e4  # were they possible, they would be likely
     tok = tokenizer.load(meta["tokenizer"])
     options = sample.SampleConfig(max_new_tokens=20, num_samples=5, temperature=5.0, top_k=60000)
-    list(sample.complete(model, tok, tok.encode("a"), options))
+    list(sample.complete(model, [sample.TextStream(tok)], tok.encode("a"), options))
 
 
 # ---- in from nanoGPT ----------------------------------------------------------------------------

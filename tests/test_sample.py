@@ -1,5 +1,6 @@
 """Promise: a prompt and a seed decide a text, and the text is what the options ask for."""
 
+import json
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import sample
 from data import tokenizer
-from model import GPT, GPTConfig, draw, token_probs
+from model import GPT, GPTConfig, choose, draw, token_probs
 from sample import SampleConfig, TextStream, complete
 
 
@@ -36,28 +37,35 @@ def say(capsys, run_dir, *argv, status=0):
 # ---- from logits to an id
 
 
+def chosen(logits, *options):
+    """The ids that 10,000 evenly spaced draws choose."""
+    grid = (torch.arange(10_000) + 0.5) / 10_000
+    return set(choose(logits.expand(10_000, -1), grid, *options).tolist())
+
+
 def test_top_k_keeps_k():
     logits = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
-    assert token_probs(logits, 1.0, 2, 1.0).nonzero()[:, 1].tolist() == [1, 3]
-    assert token_probs(logits, 1.0, 9, 1.0).count_nonzero() == 4
+    assert chosen(logits, 1.0, 2, 1.0) == {1, 3}
+    assert chosen(logits, 1.0, 9, 1.0) == {0, 1, 2, 3}
+    assert len(chosen(torch.zeros(1, 9), 1.0, 3, 1.0)) == 3
 
 
 def test_top_p_keeps_the_smallest_set_that_holds_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for p, kept in [(0.4, 1), (0.5, 1), (0.51, 2), (0.79, 2), (0.94, 3), (0.96, 4), (1e-9, 1)]:
-        assert token_probs(logits, 1.0, None, p).count_nonzero() == kept, p
+        assert chosen(logits, 1.0, None, p) == set(range(kept)), p
 
 
 def test_top_p_counts_within_top_k():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     # of the two that top_k leaves, the first holds 0.625
-    assert token_probs(logits, 1.0, 2, 0.6).count_nonzero() == 1
-    assert token_probs(logits, 1.0, 2, 0.7).count_nonzero() == 2
+    assert chosen(logits, 1.0, 2, 0.6) == {0}
+    assert chosen(logits, 1.0, 2, 0.7) == {0, 1}
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1.0, 100.0, 1e300])
 def test_any_temperature_gives_probabilities(temperature):
-    probs = token_probs(torch.randn(5, 50) * 30, temperature, None, 1.0)
+    probs = token_probs(torch.randn(5, 50) * 30, temperature, 1.0)
     assert probs.isfinite().all() and torch.allclose(probs.sum(-1), torch.ones(5))
 
 
@@ -96,38 +104,49 @@ def test_ids_without_a_token_are_never_drawn():
 # ---- from ids to text
 
 
+def add(stream, i):
+    stream.add(i)
+    return stream.take()
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(max_size=4), st.booleans())
 def test_a_stream_shows_the_text_up_to_stop(text, stop, inside):
     if inside and text:
         stop = text[len(text) // 2 :][:3]
     tok = tokenizer.ByteTokenizer()
     stream = TextStream(tok, stop)
-    shown = "".join([stream.add(i) for i in tok.encode(text).tolist()] + [stream.finish()])
-    assert shown == (text.partition(stop)[0] if stop else text)
+    shown = "".join(add(stream, i) for i in tok.encode(text).tolist())
+    stream.finish()
+    assert shown + stream.take() == (text.partition(stop)[0] if stop else text)
 
 
 def test_a_stream_never_splits_a_character():
     tok = tokenizer.ByteTokenizer()
     stream = TextStream(tok)
-    pieces = [stream.add(i) for i in tok.encode("aé🙂b").tolist()]
+    pieces = [add(stream, i) for i in tok.encode("aé🙂b").tolist()]
     assert pieces == ["a", "", "é", "", "", "", "🙂", "b"]
 
 
 def test_a_character_cut_off_by_the_end_is_marked():
     stream = TextStream(tokenizer.ByteTokenizer())
-    assert [stream.add(0xC3), stream.finish()] == ["", "\ufffd"]
+    assert add(stream, 0xC3) == ""
+    stream.finish()
+    assert stream.take() == "\ufffd"
 
 
 def test_what_might_have_become_stop_is_shown_at_the_end():
     stream = TextStream(tokenizer.ByteTokenizer(), stop="END")
-    assert [stream.add(i) for i in b"xEN"] == ["x", "", ""] and stream.finish() == "EN"
+    assert [add(stream, i) for i in b"xEN"] == ["x", "", ""]
+    stream.finish()
+    assert stream.take() == "EN"
 
 
 @needs_gpt2_vocabulary
 def test_end_of_text_ends_a_sample():
     stream = TextStream(tokenizer.GPT2Tokenizer())
-    assert stream.add(15496) == "Hello"
-    assert stream.add(50256) == "" and stream.ended and stream.add(995) == ""
+    assert add(stream, 15496) == "Hello"
+    assert add(stream, 50256) == "" and stream.ended and add(stream, 995) == ""
+    assert stream.ids == [15496, 50256]
 
 
 # ---- the script
@@ -143,19 +162,13 @@ def test_the_same_seed_the_same_text(capsys, run_dir):
 def test_a_sample_does_not_depend_on_how_many_there_are(run_dir):
     model, meta = sample.load_model(str(run_dir / "best.safetensors"), torch.device("cpu"))
     tok = tokenizer.load(meta["tokenizer"])
-    texts = {
-        n: [
-            "".join(t)
-            for t in zip(
-                *complete(
-                    model, tok, tok.encode("a"), SampleConfig(num_samples=n, max_new_tokens=40)
-                ),
-                strict=True,
-            )
-        ]
-        for n in (1, 5)
-    }
-    assert texts[5][0] == texts[1][0] and len(set(texts[5])) == 5
+    options = SampleConfig(max_new_tokens=40)
+    texts = []
+    for numbers in (range(5), range(1), range(3, 5)):
+        streams = [TextStream(tok) for _ in numbers]
+        list(complete(model, streams, tok.encode("a"), options, numbers.start))
+        texts.append([stream.take() for stream in streams])
+    assert texts[1] == texts[0][:1] and texts[2] == texts[0][3:] and len(set(texts[0])) == 5
 
 
 def test_greedy_is_top_k_1(capsys, run_dir):
@@ -207,3 +220,30 @@ def test_without_a_checkpoint_the_newest_run_speaks(capsys, run_dir, tmp_path, m
     (tmp_path / "out").symlink_to(run_dir.parent)
     assert sample.main(["--max_new_tokens=5", "--device=cpu"]) == 0
     assert "out/run: iteration 20" in capsys.readouterr().err
+
+
+def test_a_thousand_samples_go_to_a_file(capsys, run_dir, tmp_path, monkeypatch):
+    """A line of JSON each, in batches that fit into memory, the same whatever fits."""
+    argv = ("--prompt=The", "--num_samples=1000", "--max_new_tokens=40", "--seed=3", "--stop=e")
+    written = []
+    for name, there in (("all.jsonl", 2**40), ("parts.jsonl", 2**23)):
+        monkeypatch.setattr(sample, "memory", lambda device, there=there: there)
+        assert say(capsys, run_dir, *argv, f"--output={tmp_path / name}").out == ""
+        written.append([json.loads(line) for line in (tmp_path / name).open(encoding="utf-8")])
+    assert written[0] == written[1] and len(written[0]) == 1000
+    _, meta = sample.load_model(str(run_dir), torch.device("cpu"))
+    tok = tokenizer.load(meta["tokenizer"])
+    for number, line in enumerate(written[0]):
+        assert line["prompt"] == "The" and line["seed"] == 3 and line["number"] == number
+        assert tok.decode(line["tokens"]).partition("e")[0] == line["text"]
+    assert len({line["text"] for line in written[0]}) > 500
+    shown = say(capsys, run_dir, *argv[:1], "--num_samples=3", *argv[2:]).out
+    assert shown == "".join(f"The{line['text']}\n{'-' * 80}\n" for line in written[0][:3])
+
+
+def test_a_file_that_is_there_is_not_overwritten(capsys, run_dir, tmp_path):
+    (tmp_path / "a.jsonl").write_text("mine")
+    for name in ("a.jsonl", "no/such.jsonl"):
+        err = say(capsys, run_dir, f"--output={tmp_path / name}", status=2).err
+        assert f"--output={tmp_path / name}" in err and "choose another name" in err
+    assert (tmp_path / "a.jsonl").read_text() == "mine"
