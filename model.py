@@ -135,6 +135,28 @@ class ShortConv(nn.Module):
         return y
 
 
+class Dropout(nn.Module):
+    """In training, zeros in the place of a share p of the numbers, and the others larger by that.
+
+    On a CPU 16 random bits decide on each, in a fraction of the time of torch's own (README).
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2^16
+        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+        bits = bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
+        kept = bits >= dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -143,7 +165,7 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.conv = ShortConv(config) if config.conv > 1 else None
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, turns: Turns | None = None, layer: "LayerCache | None" = None
@@ -264,7 +286,7 @@ class GPT(LanguageModel):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rotary:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -531,7 +553,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-LONGEST_WRITTEN_OUT = 512  # tokens
+LONGEST_WRITTEN_OUT = 256  # tokens
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from model import (
     GPT,
     LONGEST_WRITTEN_OUT,
     Bigram,
+    Dropout,
     GPTConfig,
     attend,
     rotary_turns,
@@ -266,6 +267,22 @@ def test_dropout_works_in_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
     model.eval()
     assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.999999])
+def test_dropout_drops_a_share_and_keeps_the_mean(p):
+    x = torch.ones(3, 333, 1001, requires_grad=True)
+    y = Dropout(p)(x)
+    dropped = (y == 0).float().mean().item()
+    assert dropped == pytest.approx(p, abs=2e-3)
+    assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - p)), rtol=1e-3) or p > 0.9
+    assert y.mean().item() == pytest.approx(1, abs=5e-3) or p > 0.9
+    (y * 2).sum().backward()
+    assert torch.equal(x.grad, 2 * y), "what is dropped learns nothing"
+    ones = (y != 0).float()
+    for lag in (1, 2, 3, 4, 1001):  # neighbours know nothing of each other
+        together = (ones.flatten()[lag:] * ones.flatten()[:-lag]).mean().item()
+        assert together == pytest.approx((1 - dropped) ** 2, abs=2e-3)
 
 
 @pytest.mark.parametrize("sublayer", ["attn", "mlp"])
