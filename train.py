@@ -47,6 +47,7 @@ from sample import (
     batches,
     check_model,
     complete,
+    fast_dtype,
     find_device,
     load_pretrained,
     memory,
@@ -401,11 +402,8 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
     device = find_device(cfg.device)
     cuda = device.type == "cuda"
     dtype = cfg.dtype
-    if dtype == "auto" and cuda:
-        dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    elif dtype == "auto":
-        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-        dtype = "bfloat16" if fast else "float32"
+    if dtype == "auto":
+        dtype = fast_dtype(device)
     if dtype == "float16" and not cuda:
         raise UserError(f"dtype=float16 needs CUDA; on {device.type} write float32 or bfloat16")
     if device.type == "cpu":
