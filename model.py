@@ -441,6 +441,9 @@ class Bigram(LanguageModel):
             return logits, None
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
+    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.wte(idx[:, -1])
+
     def flops_per_token(self) -> int:
         """None to speak of: a row is looked up, and its gradient added."""
         return 0
@@ -497,10 +500,11 @@ def pack(model: nn.Module) -> None:
     The model is then good for inference alone. In float32 they keep their shape and are stored the
     other way round.
     """
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, child in list(model.named_children()):
         if not isinstance(child, nn.Linear):
             pack(child)
-        elif child.weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        elif child.weight.dtype == torch.bfloat16 and onednn:
             setattr(model, name, PackedLinear(child))
         else:
             child.weight = nn.Parameter(child.weight.t().contiguous().t())
@@ -582,7 +586,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-LONGEST_WRITTEN_OUT = 256  # tokens
+LONGEST_WRITTEN_OUT = 512  # tokens
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

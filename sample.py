@@ -115,7 +115,7 @@ def show(
             f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr
         )
     if options.output:
-        write(model, tok, prompt, ids, options)
+        write_samples(model, tok, prompt, ids, options)
     elif options.num_samples == 1:
         print(prompt, end="", flush=True)
         stream = TextStream(tok, options.stop)
@@ -123,11 +123,11 @@ def show(
             print(stream.take(), end="", flush=True)
         print()
     else:
-        for stream in make(model, tok, ids, options):
+        for stream in make_samples(model, tok, ids, options):
             tqdm.write(f"{prompt}{stream.take()}\n{'-' * 80}")
 
 
-def write(
+def write_samples(
     model: LanguageModel, tok: Tokenizer, prompt: str, ids: np.ndarray, options: SampleConfig
 ) -> None:
     """Write the samples to --output, which must be new: a JSON line each, as they are made."""
@@ -137,14 +137,14 @@ def write(
         reason = error.strerror.lower()
         raise UserError(f"--output={options.output}: {reason}; choose another name") from None
     with file:
-        for number, stream in enumerate(make(model, tok, ids, options)):
+        for number, stream in enumerate(make_samples(model, tok, ids, options)):
             line = {"prompt": prompt, "text": stream.take(), "tokens": stream.ids}
             line |= {"seed": options.seed, "number": number}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"saved: {options.output}, {options.num_samples} samples", file=sys.stderr)
 
 
-def make(
+def make_samples(
     model: LanguageModel, tok: Tokenizer, ids: np.ndarray, options: SampleConfig
 ) -> Iterator["TextStream"]:
     """Make all samples, in batches, under a progress bar; yield them in their order."""
@@ -162,6 +162,7 @@ def batches(model: LanguageModel, n_prompt: int, options: SampleConfig) -> Itera
     """The numbers of the samples, in parts that fit into a quarter of the memory."""
     there = memory(next(model.parameters()).device) or 2**32
     of_one = 4 * model.numbers_to_generate(n_prompt + options.max_new_tokens)
+    of_one += 40 * options.max_new_tokens  # its draws and its ids
     at_once = max(1, there // 4 // of_one)
     for first in range(0, options.num_samples, at_once):
         yield range(first, min(first + at_once, options.num_samples))

@@ -60,6 +60,7 @@ QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
 QUICK_START_SECONDS = 10  # to download its text, before it does without
 SMALLEST_SCALE = 2**-10  # of float16's gradients; below it they are beyond hope
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+KEPT = 2**25  # bytes; the most that M_MMAP_THRESHOLD takes
 WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever ends first
 
 
@@ -72,7 +73,7 @@ class TrainConfig(GPTConfig):
     dataset: str = "shakespeare_char"  # a folder in data_dir; built by prepare.py where it can be
     data_dir: str = "data"  # where data sets lie
     batch_size: Annotated[int, "[1, 1e6]"] = 64  # sequences in an update, whatever the machine
-    micro_batch_size: Annotated[int, "[0, 1e6]"] = 0  # sequences held at a time; 0: all of them
+    micro_batch_size: Annotated[int, "[0, 1e6]"] = 0  # sequences held at a time; 0: as fits best
 
     # where it starts, where it goes
     init_from: str = "scratch"  # scratch, resume, or what to finetune: a checkpoint, gpt2*
@@ -419,19 +420,30 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
         device=str(device),
         dtype=dtype,
         compile=cuda if cfg.compile == "auto" else cfg.compile,
-        micro_batch_size=cfg.micro_batch_size or cfg.batch_size,
+        micro_batch_size=cfg.micro_batch_size or best_micro_batch(cfg, device, dtype),
     )
 
 
+def best_micro_batch(cfg: TrainConfig, device: torch.device, dtype: str) -> int:
+    """All of a batch; on a CPU so much of it that its largest activations are kept when freed."""
+    size, width = cfg.batch_size, 4 if dtype == "float32" else 2
+    numbers = cfg.block_size * max(
+        4 * cfg.n_embd, cfg.n_head * min(cfg.block_size, LONGEST_WRITTEN_OUT)
+    )
+    while device.type == "cpu" and size % 2 == 0 and size * numbers * width >= KEPT:
+        size //= 2
+    return size
+
+
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what comes next, in buffers of up to 32 MiB.
+    """Have glibc keep what is freed for what comes next, in buffers of less than KEPT bytes.
 
     As it is, it gives every large buffer back to the kernel, which clears its pages for the next
     one. Were the largest kept too, a few bytes in the place of one could cost another of its size.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 

@@ -203,7 +203,7 @@ CASES = (
         (sample.main, "--temperature=-1", "temperature must be a number in [0, inf), not -1"),
         (sample.main, "--top_p=0", "top_p must be a number in (0, 1], not 0"),
         (sample.main, "--top_p=1.5", "top_p must be a number in (0, 1], not 1.5"),
-        (sample.main, "--num_samples=0", "num_samples must be a whole number in [1, 1e4]"),
+        (sample.main, "--num_samples=0", "num_samples must be a whole number in [1, 1e6]"),
         (sample.main, "--max_new_tokens=0", "max_new_tokens must be a whole number in [1, 1e5]"),
         (sample.main, "--device=cuda:9 --checkpoint=RUN", "device 'cuda:9'"),
         (sample.main, "--start=x", "unknown option 'start'; write prompt"),

@@ -8,7 +8,8 @@ from test_model import MODERN, SHAPES, SMALL, every_part, scrambled
 from torch.nn import functional as F
 
 import model as model_py
-from model import Bigram
+from model import GPT, Bigram, PackedLinear
+from sample import SampleConfig, make_fast
 
 SIZE = 32  # block_size
 LONG = 3 * SIZE
@@ -117,7 +118,8 @@ def test_it_computes_each_token_once(config, most):
 
 def test_the_bigram_needs_none():
     model, idx = Bigram(SMALL), torch.randint(65, (3, 10))
-    assert torch.equal(generate(model, idx, 50), generate(model, idx[:, -1:], 50, plain=True))
+    assert torch.equal(model.next_logits(idx), model(idx)[0][:, -1])
+    assert len(generate(model, idx, 50).unique()) > 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -130,3 +132,32 @@ def test_it_keeps_what_autocast_computes_in(dtype):
             new = logits.argmax(-1, keepdim=True)
             idx = torch.cat((idx, new), dim=1)
     assert cache.layers[0].keys.dtype == dtype
+
+
+@pytest.mark.parametrize("config", [SMALL, MODERN])
+@pytest.mark.parametrize("dtype, within", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_fast_layout_gives_the_same_logits(config, dtype, within):
+    model, idx = lively(config).float(), torch.randint(65, (3, SIZE))
+    with torch.inference_mode():
+        expected, _ = model(idx)
+        make_fast(model, SampleConfig(dtype=dtype))
+        logits, _ = model(idx)
+        cache = model.new_cache(3, SIZE)
+        last = [model.next_logits(idx[:, :t], cache) for t in range(10, SIZE + 1)]
+    assert logits.dtype == getattr(torch, dtype)
+    assert (logits - expected).norm() < within * expected.norm()
+    cached = torch.stack(last, dim=1)
+    assert (cached - expected[:, 9:]).norm() < within * expected[:, 9:].norm()
+    assert isinstance(model.lm_head, PackedLinear) == (dtype == "bfloat16")
+
+
+def test_wide_models_are_sampled_in_bfloat16_where_the_cpu_has_it(monkeypatch):
+    for n_embd, capable, dtype in (
+        (256, True, torch.bfloat16),
+        (128, True, torch.float32),
+        (256, False, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capable: {"avx512_bf16": c})
+        model = GPT(replace(SMALL, n_layer=1, n_embd=n_embd))
+        make_fast(model, SampleConfig())
+        assert model.wte.weight.dtype == dtype

@@ -6,11 +6,12 @@ For shapes with random weights, which speak no faster or slower than trained one
 
 - ten samples of 500 tokens together, and by the plain path, which computes the whole context anew
   for every token, one sample after another (of which one is timed);
-- the time of a token just before the window is full, over that of the 10th to 20th;
 - 1, 10 and 100 samples together, and what part of the bandwidth of memory one uses: the bytes of
-  the weights that a token multiplies, over the bytes that a copy reads and writes in a second.
+  the weights that a token multiplies, over the bytes that a copy reads and writes in a second;
+- the time of a token just before the window is full, over that of the 10th to 20th.
 
-The plain path computes in float32, the cache in what sample.py takes for the shape.
+The plain path computes in float32; the cache in float32 too, and in what sample.py takes for the
+shape where that is another dtype.
 """
 
 import statistics
@@ -67,29 +68,34 @@ def main() -> None:
     names = sys.argv[1:] or [name for name in SHAPES if name != "XL" or device.type != "cpu"]
     bandwidth = copy_bandwidth(device)
     print(f"{device}, {torch.get_num_threads()} threads, copies {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'':14}{'plain':>9}{'cache, 10':>11}{'ratio':>7}{'last/10th':>11}", end="")
-    print("".join(f"{f'x {B}':>9}" for B in BATCHES) + "  of the bandwidth")
+    print(f"{'':24}{'plain':>7}{'cache, 10':>11}{'ratio':>7}", end="")
+    print("".join(f"{f'x {B}':>9}" for B in BATCHES) + "   bandwidth  last/10th: x 1, x 10")
     for name in names:
         torch.manual_seed(0)
         model = GPT(SHAPES[name]).to(device).eval()
-        weights = sum(p.numel() for p in model.h.parameters()) + model.lm_head.weight.numel()
+        n_weights = sum(p.numel() for p in model.h.parameters()) + model.lm_head.weight.numel()
         plain = N / sum(seconds(model, 1, N, plain=True))
-        make_fast(model, SampleConfig())
-        seconds(model, 10, 20)
-        rates, times = {}, {}
-        for B in BATCHES:
-            trials = [seconds(model, B, N) for _ in range(3 if B < 100 else 1)]
-            times[B] = [statistics.median(parts) for parts in zip(*trials, strict=True)]
-            rates[B] = B * N / statistics.median(sum(trial) for trial in trials)
-        full = min(N, model.config.block_size)
-        grows = statistics.median(times[10][full - 10 : full]) / statistics.median(times[10][9:19])
-        multiplied = weights * model.wte.weight.itemsize
-        print(
-            f"{name:14}{plain:9,.0f}{rates[10]:11,.0f}{rates[10] / plain:7.1f}{grows:11.2f}"
-            + "".join(f"{rates[B]:9,.0f}" for B in BATCHES)
-            + f"{rates[1] * multiplied / bandwidth:18.0%}",
-            flush=True,
-        )
+        for asked in ("float32", "auto"):
+            make_fast(model, SampleConfig(dtype=asked))
+            dtype = model.wte.weight.dtype
+            if asked == "auto" and dtype == torch.float32:
+                continue
+            seconds(model, 10, 20)
+            rates, grows = {}, {}
+            for B in BATCHES:
+                trials = [seconds(model, B, N) for _ in range(3 if B < 100 else 1)]
+                rates[B] = B * N / statistics.median(sum(trial) for trial in trials)
+                each = [statistics.median(parts) for parts in zip(*trials, strict=True)]
+                full = min(N, model.config.block_size)
+                grows[B] = statistics.median(each[full - 10 : full]) / statistics.median(each[9:19])
+            share = rates[1] * n_weights * dtype.itemsize / bandwidth
+            print(
+                f"{f'{name}, {str(dtype)[6:]}':24}{plain:7,.0f}"
+                f"{rates[10]:11,.0f}{rates[10] / plain:7.1f}"
+                + "".join(f"{rates[B]:9,.0f}" for B in BATCHES)
+                + f"{share:12.0%}{grows[1]:17.2f}{grows[10]:6.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""Promise: on a GPU everything is as on a CPU, but for rounding. Skipped where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODERN
+from test_kv_cache import SHAPES, generate, lively
+from torch.nn import functional as F
+
+import checkpoint
+import sample
+from model import token_loss
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+PLAIN = ("--dropout=0", "--compile=False")
+
+
+def state(run: str) -> tuple[dict, dict]:
+    return checkpoint.load(Path(run) / "ckpt.safetensors")
+
+
+def val_loss(run: str) -> float:
+    return state(run)[1]["progress"]["val_loss"]
+
+
+@pytest.mark.parametrize("parts", [(), MODERN])
+def test_float32_comes_to_the_loss_of_a_cpu(train, parts):
+    assert train(*PLAIN, *parts, "--out_dir=cpu") == 0
+    assert train(*PLAIN, *parts, f"--device={DEVICE}", "--out_dir=gpu") == 0
+    assert val_loss("gpu") == pytest.approx(val_loss("cpu"), abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+@pytest.mark.parametrize("compile", ["False", "True"])
+def test_half_precision_and_compiling_come_close(train, dtype, compile):
+    assert train(*PLAIN, *MODERN, "--out_dir=cpu") == 0
+    words = (f"--device={DEVICE}", f"--dtype={dtype}", f"--compile={compile}", "--out_dir=gpu")
+    assert train(*PLAIN, *MODERN, *words) == 0
+    assert val_loss("gpu") == pytest.approx(val_loss("cpu"), abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_micro_batches_train_the_same(train, dtype):
+    words = (*PLAIN, f"--device={DEVICE}", f"--dtype={dtype}")
+    assert train(*words, "--out_dir=whole") == 0
+    assert train(*words, "--micro_batch_size=2", "--out_dir=parts") == 0
+    assert val_loss("parts") == pytest.approx(val_loss("whole"), abs=5e-3)
+
+
+def test_deterministic_runs_and_resumes_end_in_the_same_bits(train, resume):
+    words = (f"--device={DEVICE}", "--dtype=bfloat16", "--deterministic", *MODERN)
+    assert train(*words, "--out_dir=one") == 0
+    assert train(*words, "--max_iters=10", "--lr_decay_iters=20") == 0
+    assert resume("--max_iters=20") == 0
+    (one, _), (two, _) = state("one"), state("run")
+    for name, tensor in one.items():
+        assert name == "sha256" or torch.equal(tensor, two[name]), name
+
+
+def test_a_loss_that_is_no_number_ends_with_3(train, capsys):
+    words = ("--learning_rate=1e20", "--grad_clip=0", "--warmup_iters=3", "--max_iters=100")
+    assert train(f"--device={DEVICE}", "--schedule=constant", *words) == 3
+    assert "training diverged" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_fit_is_said(train, capsys):
+    there = torch.cuda.mem_get_info()[1]
+    hog = torch.empty(there - 2**30, dtype=torch.uint8, device=DEVICE)
+    words = ("--batch_size=4096", "--n_embd=512", "--block_size=256", "--compile=False")
+    assert train(f"--device={DEVICE}", *words) == 2
+    assert "micro_batch_size" in capsys.readouterr().err
+    del hog
+
+
+def test_the_loss_is_cross_entropy():
+    x, weight = torch.randn(4, 32, 64, device=DEVICE), torch.randn(5000, 64, device=DEVICE)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    targets = torch.randint(-1, 5000, (4, 32), device=DEVICE)
+    loss = token_loss(x, weight, targets)
+    logits = (x @ weight.t()).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, (x, weight)),
+        torch.autograd.grad(expected, (x, weight)),
+        strict=True,
+    ):
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
+def test_the_same_text_as_on_a_cpu_in_float64(config):
+    model, idx = lively(config), torch.randint(65, (3, 10))
+    expected = generate(model, idx, 60, top_k=20, top_p=0.9)
+    model.to(DEVICE)
+    assert torch.equal(generate(model, idx.to(DEVICE), 60, top_k=20, top_p=0.9).cpu(), expected)
+
+
+def test_sample_speaks(train, capsys):
+    assert train(*MODERN) == 0
+    capsys.readouterr()
+    for dtype in ("auto", "float32"):
+        words = [f"--device={DEVICE}", f"--dtype={dtype}", "--checkpoint=run", "--prompt=The"]
+        assert sample.main([*words, "--num_samples=5", "--max_new_tokens=50"]) == 0
+        assert capsys.readouterr().out.count("-" * 80) == 5
