@@ -43,24 +43,29 @@ def one(shape: list, rounds: int) -> dict:
         cfg, split = run.cfg, run.dataset.train
         seconds = {part: [] for part in PARTS}
         for i in range(rounds + 2):
-            marks = [now(cfg)]
-            n = np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size)
-            starts = bins.window(cfg.seed, n, len(split.tokens), cfg.block_size)
-            idx, targets = train.get_batch(run, split, starts)
-            marks.append(now(cfg))
-            with train.autocast(run):
-                _, loss = run.model(idx, targets)
-            marks.append(now(cfg))
-            loss.backward()
-            marks.append(now(cfg))
+            spent = dict.fromkeys(PARTS, 0.0)
+            for n in np.split(np.arange(cfg.batch_size), cfg.batch_size // cfg.micro_batch_size):
+                marks = [now(cfg)]
+                n += i * cfg.batch_size
+                starts = bins.window(cfg.seed, n, len(split.tokens), cfg.block_size)
+                idx, targets = train.get_batch(run, split, starts)
+                marks.append(now(cfg))
+                with train.autocast(run):
+                    _, loss = run.model(idx, targets)
+                marks.append(now(cfg))
+                loss.backward()
+                marks.append(now(cfg))
+                for part, begin, end in zip(PARTS, marks, marks[1:], strict=False):
+                    spent[part] += end - begin
+            began = now(cfg)
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), math.inf)
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            marks.append(now(cfg))
+            spent["optimizer"] = now(cfg) - began
             if i >= 2:
-                for part, begin, end in zip(PARTS, marks, marks[1:], strict=False):
-                    seconds[part].append(end - begin)
+                for part in PARTS:
+                    seconds[part].append(spent[part])
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     if cfg.device != "cpu":
         held = torch.accelerator.max_memory_allocated() // 1024
