@@ -2,7 +2,7 @@
 
 python train.py config/shakespeare_char.py
 
-Hardware: any; on 2 CPU cores with AMX 12 minutes, to a validation loss of 1.37. No GPU was measured.
+Hardware: any; on 2 CPU cores with AMX 12 minutes, to a validation loss of 1.37; no GPU measured.
 """
 
 dataset = "shakespeare_char"
