@@ -16,7 +16,7 @@ from conftest import MODERN, ROOT
 import checkpoint
 from config import build
 from metrics import COLUMNS
-from train import TrainConfig, get_lr
+from train import TrainConfig, best_micro_batch, get_lr
 
 
 def rows(folder="run"):
@@ -397,6 +397,16 @@ def test_evaluation_is_the_mean_over_all_tokens(train, data_dir, capsys):
             loss = model(window[None, :-1], window[None, 1:])[1]
             total += loss.item() * (len(window) - 1)
     assert meta["progress"]["val_loss"] == pytest.approx(total / (len(val) - 1), abs=1e-5)
+
+
+def test_a_cpu_holds_at_a_time_what_it_keeps_the_memory_of():
+    baby = {"n_embd": 384, "n_head": 6, "block_size": 256, "batch_size": 64}
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cfg = build(TrainConfig, baby)
+    assert best_micro_batch(cfg, cpu, "bfloat16") == 32  # of 64 x 256 x 4 x 384 x 2 bytes
+    assert best_micro_batch(cfg, cpu, "float32") == 16
+    assert best_micro_batch(cfg, gpu, "bfloat16") == 64
+    assert best_micro_batch(build(TrainConfig, {**baby, "batch_size": 65}), cpu, "float32") == 65
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there is memory kept")
