@@ -181,13 +181,13 @@ class LayerCache:
     """What one layer keeps of the tokens before: their keys and values, and its conv's inputs."""
 
     def __init__(self, cache: "Cache"):
-        self.of, self.keys, self.values, self.inputs = cache, None, None, None
+        self.cache, self.keys, self.values, self.inputs = cache, None, None, None
 
     def add(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k and v (B or 1, T, n_kv_head, head_dim); return those that the queries see."""
-        start, size, T = self.of.length, self.of.size, k.shape[1]
+        start, size, T = self.cache.length, self.cache.size, k.shape[1]
         if self.keys is None:  # in the dtype that is computed in, whatever that of the weights
-            shape = (self.of.B, k.shape[2], size, k.shape[3])
+            shape = (self.cache.B, k.shape[2], size, k.shape[3])
             self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
         if start == 0:
             self.keys[:, :, :T], self.values[:, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
@@ -201,10 +201,10 @@ class LayerCache:
 
     def after_inputs(self, x: Tensor, n: int) -> Tensor:
         """x (B or 1, T, C) after the n inputs before it, zeros where there are none."""
-        if self.of.length == 0:
+        if self.cache.length == 0:
             self.inputs = x.new_zeros(x.shape[0], n, x.shape[2])
         padded = torch.cat((self.inputs, x), dim=1)
-        self.inputs = padded[:, -n:].expand(self.of.B, -1, -1)
+        self.inputs = padded[:, -n:].expand(self.cache.B, -1, -1)
         return padded
 
 

@@ -10,9 +10,11 @@ the last for short contexts and SDPA for long ones. They take turns.
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -50,21 +52,26 @@ KINDS = {
 }
 
 
+def medians(functions: Iterable[Callable], x: Tensor, rounds: int) -> list[float]:
+    """Milliseconds of each function of x, forward and backward; they take turns."""
+    times = {function: [] for function in functions}
+    for i in range(rounds + 2):
+        for function, column in times.items():
+            began = time.perf_counter()
+            y = function(x)
+            y.backward(torch.ones_like(y))
+            if i >= 2:
+                column.append(1000 * (time.perf_counter() - began))
+    return [statistics.median(column) for column in times.values()]
+
+
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 11
     print(f"{'B, T, heads, D':>20}" + "".join(f"{name:>24}" for name in KINDS))
     for shape in SHAPES:
         B, T, H, D = shape
         qkv = torch.randn(B, T, 3, H, D, dtype=torch.bfloat16, requires_grad=True)
-        times = {name: [] for name in KINDS}
-        for i in range(rounds + 2):
-            for name, attention in KINDS.items():
-                began = time.perf_counter()
-                y = attention(qkv)
-                y.backward(torch.ones_like(y))
-                if i >= 2:
-                    times[name].append(1000 * (time.perf_counter() - began))
-        row = "".join(f"{statistics.median(column):21.2f} ms" for column in times.values())
+        row = "".join(f"{ms:21.2f} ms" for ms in medians(KINDS.values(), qkv, rounds))
         print(f"{', '.join(map(str, shape)):>20}{row}", flush=True)
 
 
