@@ -50,10 +50,13 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_embd % self.n_head:
             near = self.n_embd - self.n_embd % self.n_head
+            would = " or ".join(str(n) for n in (near, near + self.n_head) if n)
             raise ValueError(
                 f"n_embd={self.n_embd} does not divide among n_head={self.n_head}; "
-                f"n_embd={near or self.n_head} or {near + self.n_head} would"
+                f"n_embd={would} would"
             )
+        if self.n_kv_head == self.n_head:
+            self.n_kv_head = 0
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
         if self.rotary and self.n_embd // self.n_head % 2:
@@ -213,7 +216,7 @@ class Cache:
 
     Of the last `size` tokens; a further one takes the place of the oldest. `length` counts those
     seen, and forward() alone advances it. Texts may begin with one prompt, as a batch of 1. With
-    learned positions there is no place beyond block_size, and generate() begins anew.
+    learned positions there is no place beyond block_size, and next_logits() begins anew, at 0.
     """
 
     def __init__(self, config: GPTConfig, B: int, size: int):
@@ -577,7 +580,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.shape[1] == 1:  # those that share a key and value are these queries' T
         k, v = (x.transpose(1, 2) for x in (k, v))  # (B, n_kv_head, n, head_dim)
         y = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v)
-        return y.view(q.shape)
+        return y.reshape(q.shape)
     if (queries := q.shape[2] // k.shape[2]) > 1:
         k, v = (x.repeat_interleave(queries, dim=2) for x in (k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= LONGEST_WRITTEN_OUT:
@@ -586,7 +589,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-LONGEST_WRITTEN_OUT = 512  # tokens
+LONGEST_WRITTEN_OUT = 256  # tokens
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -618,7 +621,7 @@ class TokenLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, backward_follows: bool) -> Tensor:
         logits = F.linear(x, weight)
         exact = torch.promote_types(logits.dtype, torch.float32)
-        rows = max(1, LOGITS_AT_A_TIME[x.device.type == "cpu"] // len(weight))
+        rows = max(1, LOGITS_AT_A_TIME.get(x.device.type, 2**28) // len(weight))
         loss_sum = torch.zeros((), dtype=exact, device=x.device)
         for some, t in zip(logits.split(rows), targets.split(rows), strict=True):
             log_probs = some.log_softmax(-1, dtype=exact)
@@ -640,7 +643,7 @@ class TokenLoss(torch.autograd.Function):
         return dx * (grad / count), dweight * (grad / count), None, None
 
 
-LOGITS_AT_A_TIME = {True: 2**22, False: 2**28}  # on a CPU, elsewhere: enough to keep it busy
+LOGITS_AT_A_TIME = {"cpu": 2**22}  # elsewhere 2^28: enough to keep it busy
 
 
 def choose(

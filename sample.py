@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -43,7 +45,10 @@ from model import GPT, MODELS, GPTConfig, LanguageModel, assemble, outline, pack
 WIDE = 256  # n_embd from which a CPU multiplies a few rows faster in bfloat16
 TOGETHER = 32  # tokens of each sample that are made before their text is looked at
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
-
+CGROUP_LIMITS = (  # of a container's memory; versions 2 and 1
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 NANOGPT = {"start": "write prompt", "out_dir": "write checkpoint"}  # what it calls them
 
@@ -110,7 +115,8 @@ def show(
     model: LanguageModel, tok: Tokenizer, prompt: str, ids: np.ndarray, options: SampleConfig
 ) -> None:
     """Print a prompt and what the model makes of its `ids` (T,): a single sample as it comes."""
-    if len(ids) > (longest := model.config.block_size):
+    longest = model.config.block_size if isinstance(model, GPT) else 1
+    if len(ids) > longest > 1:
         print(
             f"of the prompt's {len(ids)} tokens the model sees the last {longest}", file=sys.stderr
         )
@@ -130,17 +136,22 @@ def show(
 def write_samples(
     model: LanguageModel, tok: Tokenizer, prompt: str, ids: np.ndarray, options: SampleConfig
 ) -> None:
-    """Write the samples to --output, which must be new: a JSON line each, as they are made."""
+    """Write the samples to --output, which must be new: a JSON line each, batch after batch."""
     try:
         file = open(options.output, "x", encoding="utf-8")
     except OSError as error:
         reason = error.strerror.lower()
         raise UserError(f"--output={options.output}: {reason}; choose another name") from None
-    with file:
-        for number, stream in enumerate(make_samples(model, tok, ids, options)):
-            line = {"prompt": prompt, "text": stream.take(), "tokens": stream.ids}
-            line |= {"seed": options.seed, "number": number}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    number = -1
+    try:
+        with file:
+            for number, stream in enumerate(make_samples(model, tok, ids, options)):
+                line = {"prompt": prompt, "text": stream.take(), "tokens": stream.ids}
+                line |= {"seed": options.seed, "number": number}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    finally:
+        if number < 0:  # nothing was made: the same command can be given again
+            os.unlink(options.output)
     print(f"saved: {options.output}, {options.num_samples} samples", file=sys.stderr)
 
 
@@ -160,21 +171,25 @@ def make_samples(
 
 def batches(model: LanguageModel, n_prompt: int, options: SampleConfig) -> Iterator[range]:
     """The numbers of the samples, in parts that fit into a quarter of the memory."""
-    there = memory(next(model.parameters()).device) or 2**32
+    available = memory(next(model.parameters()).device) or 2**32
     of_one = 4 * model.numbers_to_generate(n_prompt + options.max_new_tokens)
     of_one += 40 * options.max_new_tokens  # its draws and its ids
-    at_once = max(1, there // 4 // of_one)
+    at_once = max(1, available // 4 // of_one)
     for first in range(0, options.num_samples, at_once):
         yield range(first, min(first + at_once, options.num_samples))
 
 
 def memory(device: torch.device) -> int | None:
-    """Bytes of memory that a device has; None where that is not known."""
+    """Bytes that are free on a GPU, or that this machine has; None where that is not known."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.mem_get_info(device)[0]
+    sizes = []
     if hasattr(os, "sysconf"):  # all but Windows
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # it is not there, or "max"
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes, default=None)
 
 
 def find_device(name: str) -> torch.device:
@@ -214,8 +229,12 @@ def make_fast(model: LanguageModel, options: SampleConfig) -> None:
     """Bring a model into the dtype and the layout in which it samples fastest (README)."""
     device, dtype = next(model.parameters()).device, options.dtype
     if dtype == "auto":
-        wide = device.type != "cpu" or model.config.n_embd >= WIDE
+        wide = isinstance(model, GPT) and (device.type != "cpu" or model.config.n_embd >= WIDE)
         dtype = "bfloat16" if fast_dtype(device) == "bfloat16" and wide else "float32"
+    if dtype == "bfloat16" and isinstance(model, GPT):
+        # logits less their mean: the same draws, and numbers that bfloat16 rounds the least
+        head = model.lm_head.weight.detach()
+        model.lm_head.weight = nn.Parameter(head - head.mean(0))
     model.to(getattr(torch, dtype))
     if device.type == "cpu":
         pack(model)

@@ -61,7 +61,7 @@ QUICK_START_SECONDS = 10  # to download its text, before it does without
 SMALLEST_SCALE = 2**-10  # of float16's gradients; below it they are beyond hope
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 KEPT = 2**25  # bytes; the most that M_MMAP_THRESHOLD takes
-WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of forward and backward, whichever ends first
+WARM_UPS, WARM_UP_SECONDS = 10, 0.5  # trials of an update, whichever ends first
 
 
 @dataclass
@@ -105,7 +105,7 @@ class TrainConfig(GPTConfig):
     # evaluation, printing, saving
     eval_interval: Annotated[int, "[1, inf)"] = 250  # updates between evaluations; each saves
     eval_tokens: Annotated[int, "[1, inf)"] = 2**20  # of a larger split, this many
-    eval_only: bool = False  # evaluate what init_from names, write nothing
+    eval_only: bool = False  # evaluate what init_from names; train and save nothing
     log_interval: Annotated[int, "[1, inf)"] = 10  # updates between lines in metrics.csv
     snapshot_interval: Annotated[int, "[0, inf)"] = 0  # updates between kept checkpoints; 0: none
     keep_snapshots: Annotated[int, "[0, inf)"] = 0  # the newest so many; 0: all
@@ -250,7 +250,8 @@ def start(given: dict, quick_start: bool = False) -> int:
     if given.get("init_from", "scratch") != "scratch":
         path, tensors, meta = starting_point(given)
         given = adopt(given, meta, path)
-    cfg = choose_machine(config.build(TrainConfig, given), meta.get("threads"))
+    resuming = given.get("init_from") == "resume"
+    cfg = choose_machine(config.build(TrainConfig, given), meta["threads"] if resuming else None)
     for package in ("tensorboard", "wandb"):
         if getattr(cfg, package):
             metrics.require(package)
@@ -364,8 +365,11 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
             raise UserError(f"{path} was not trained here; to begin from it: --init_from={path}")
         saved |= {"optimizer": "adamw", **meta["run_config"]}
         fixed += ["dataset", "seed", "optimizer"]
-        if saved["micro_batch_size"] == saved["batch_size"]:  # all of it, whatever it is now
+        moves = given.get("device", saved["device"]) != saved["device"]
+        if moves or given.get("batch_size", saved["batch_size"]) != saved["batch_size"]:
             saved["micro_batch_size"] = 0
+        if moves:
+            saved["compile"] = "auto"
     elif "dataset" not in given:
         before = meta.get("run_config", {})
         saved |= {k: before[k] for k in ("dataset", "data_dir") if k in before}
@@ -409,30 +413,32 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
         raise UserError(f"dtype=float16 needs CUDA; on {device.type} write float32 or bfloat16")
     if device.type == "cpu":
         keep_freed_memory()
-        if threads:
+        if threads and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, min(threads, 1024)))
     torch.backends.cuda.matmul.allow_tf32 = dtype != "float32"  # where half precision was enough
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg.deterministic)
-    return replace(
-        cfg,
-        device=str(device),
-        dtype=dtype,
-        compile=cuda if cfg.compile == "auto" else cfg.compile,
-        micro_batch_size=cfg.micro_batch_size or best_micro_batch(cfg, device, dtype),
-    )
+    compiles = cuda if cfg.compile == "auto" else cfg.compile
+    cfg = replace(cfg, device=str(device), dtype=dtype, compile=compiles)
+    return replace(cfg, micro_batch_size=cfg.micro_batch_size or best_micro_batch(cfg))
 
 
-def best_micro_batch(cfg: TrainConfig, device: torch.device, dtype: str) -> int:
-    """All of a batch; on a CPU so much of it that its largest activations are kept when freed."""
-    size, width = cfg.batch_size, 4 if dtype == "float32" else 2
-    numbers = cfg.block_size * max(
-        4 * cfg.n_embd, cfg.n_head * min(cfg.block_size, LONGEST_WRITTEN_OUT)
-    )
-    while device.type == "cpu" and size % 2 == 0 and size * numbers * width >= KEPT:
+def best_micro_batch(cfg: TrainConfig) -> int:
+    """All of a batch; on a CPU so much of it that the largest activations of a layer are kept when
+    they are freed."""
+    size, width = cfg.batch_size, 4 if cfg.dtype == "float32" else 2
+    numbers = cfg.block_size * max(4 * cfg.n_embd, attention_weights(cfg))
+    while cfg.device == "cpu" and size % 2 == 0 and size * numbers * width >= KEPT:
         size //= 2
     return size
+
+
+def attention_weights(cfg: TrainConfig) -> int:
+    """Numbers for a token of a layer, those of its softmax, that attend() keeps for backward."""
+    on_cpu = cfg.device == "cpu" and cfg.dtype == "bfloat16"
+    kept = cfg.model == "gpt" and on_cpu and cfg.block_size <= LONGEST_WRITTEN_OUT
+    return cfg.n_head * cfg.block_size if kept else 0
 
 
 def keep_freed_memory() -> None:
@@ -497,38 +503,36 @@ def memory_needed(cfg: TrainConfig, model: LanguageModel) -> int:
     """Bytes, roughly: weights, gradients and AdamW's moments, and a micro batch's activations."""
     tokens = cfg.micro_batch_size * cfg.block_size
     width = 4 if cfg.dtype == "float32" else 2
-    numbers = model.activations_per_token()
-    on_cpu = cfg.device == "cpu" and cfg.dtype == "bfloat16"
-    if cfg.model == "gpt" and on_cpu and cfg.block_size <= LONGEST_WRITTEN_OUT:
-        numbers += 2 * cfg.n_layer * cfg.n_head * cfg.block_size  # attention's weights
+    numbers = model.activations_per_token() + 2 * cfg.n_layer * attention_weights(cfg)
     return 16 * model.n_params() + width * tokens * numbers
 
 
 def check_memory(cfg: TrainConfig, model: LanguageModel) -> None:
     """Refuse what this machine has no room for; what comes near its limit is let through."""
-    there = memory(torch.device(cfg.device))
-    if there and (needed := memory_needed(cfg, model)) > there:
+    available = memory(torch.device(cfg.device))
+    if available and (needed := memory_needed(cfg, model)) > available:
         raise UserError(
             f"this takes about {needed / 2**30:,.0f} GiB and {cfg.device} has "
-            f"{there / 2**30:,.0f}: use a smaller model, micro_batch_size or block_size"
+            f"{available / 2**30:,.0f}: use a smaller model, micro_batch_size or block_size"
         )
 
 
 def check_disk(run: Run) -> None:
     """Refuse a run whose checkpoints visibly have no room: latest, best, the one being written,
     and the snapshots to come."""
-    cfg, n_snapshots = run.cfg, 0
+    cfg, n_snapshots, folder = run.cfg, 0, Path(run.cfg.out_dir).absolute()
+    saved = {}  # what a resumed run has saved is counted too; two names may be those of one file
+    if cfg.init_from == "resume":
+        paths = [folder / checkpoint.LATEST, folder / checkpoint.BEST]
+        paths += checkpoint.snapshots(folder)
+        saved = {p.stat().st_ino: p.stat().st_size for p in paths if p.exists()}
     if cfg.snapshot_interval:
         n_snapshots = cfg.max_iters // cfg.snapshot_interval
         n_snapshots = min(n_snapshots, cfg.keep_snapshots or n_snapshots)
     needed = (3 + n_snapshots) * 12 * run.model.n_params()
-    there = Path(cfg.out_dir).absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    if cfg.init_from == "resume":  # what it has saved is counted above
-        names = (checkpoint.LATEST, checkpoint.BEST)
-        free += sum(p.stat().st_size for p in (there / name for name in names) if p.exists())
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free + sum(saved.values())
     if free < needed:
         raise UserError(
             f"--out_dir={cfg.out_dir}: {3 + n_snapshots} checkpoints take about "
@@ -564,7 +568,7 @@ def make_optimizers(model: LanguageModel, cfg: TrainConfig) -> list[torch.optim.
         }
     if not matrices:
         return [adamw]
-    # of c_attn the values, the keys, and the queries that meet the same keys, each for itself
+    # of c_attn the values, the keys, and the queries, these in parts as tall as the keys
     pieces = [
         cfg.n_head // (cfg.n_kv_head or cfg.n_head) + 2 if name.endswith("c_attn.weight") else 1
         for name in matrices
@@ -821,7 +825,7 @@ def plan(run: Run) -> None:
 
 def warm_up(run: Run) -> float:
     """Seconds that an update will take, tried without touching the weights; compiles on the way."""
-    cfg, trials = run.cfg, []
+    cfg, micro_batches, updates = run.cfg, [], []
     try:
         forward_backward(run, 0, cfg.micro_batch_size)  # compiles, fills caches: not timed
     except torch.OutOfMemoryError:
@@ -833,18 +837,22 @@ def warm_up(run: Run) -> float:
         raise UserError(
             f"torch.compile failed ({reason}); --compile=False trains without"
         ) from None
-    while not trials or (len(trials) < WARM_UPS and sum(trials) < WARM_UP_SECONDS):
+    while not updates or (len(updates) < WARM_UPS and sum(updates) < WARM_UP_SECONDS):
         trial = Progress()
         clock = Clock(trial, cfg.device)
         clock.start()
         forward_backward(run, 0, cfg.micro_batch_size)
+        clock.stop()
+        micro_batches.append(trial.train_seconds)
+        clock.start()
         for optimizer in run.optimizers:
             optimizer.found_inf = torch.ones((), device=cfg.device)  # works, and changes nothing
             optimizer.step()
         clock.stop()
-        trials.append(trial.train_seconds)
+        updates.append(trial.train_seconds)
     run.model.zero_grad(set_to_none=True)
-    return min(trials) * cfg.batch_size / cfg.micro_batch_size
+    others = cfg.batch_size // cfg.micro_batch_size - 1  # micro batches beside the one tried
+    return min(updates) + others * min(micro_batches)
 
 
 def position(progress: Progress) -> dict[str, float]:
@@ -995,10 +1003,9 @@ def train(run: Run) -> int:
                 except Stopped:
                     save(run)
         except torch.OutOfMemoryError:
-            raise UserError(
-                f"{cfg.device} is out of memory; a smaller micro_batch_size than "
-                f"{cfg.micro_batch_size} trains the same"
-            ) from None
+            size = cfg.micro_batch_size
+            holds_less = "model or block_size" if size == 1 else f"micro_batch_size than {size}"
+            raise UserError(f"{cfg.device} is out of memory: use a smaller {holds_less}") from None
         except Diverged as error:
             failure = error
         data = run.dataset

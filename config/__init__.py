@@ -70,6 +70,10 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
         except (OSError, MemoryError) as error:
             message = str(error) or "out of memory"
             code = 2 if getattr(error, "errno", None) in BAD_PATH else 1
+        except RuntimeError as error:  # torch raises no MemoryError
+            if not re.search("out of memory|allocate memory", str(error)):
+                raise
+            message, code = "out of memory", 1
         except KeyboardInterrupt:
             message, code = "interrupted", 130
         finally:

@@ -107,6 +107,7 @@ CASES = (
         (training.main, "--weight_decay=-inf", "weight_decay must be a number in [0, inf), not -inf"),
         # what does not go together
         (training.main, "--n_embd=30 --n_head=4", "n_embd=28 or 32 would"),
+        (training.main, "--n_embd=6 --n_head=12", "n_embd=12 would"),
         (training.main, "--n_embd=6 --n_head=2 --rotary", "makes heads of 3; an even number would do"),
         (training.main, "--n_kv_head=-1", "n_kv_head must be"),
         (training.main, "--optimizer=sgd", "optimizer must be one of adamw, muon"),

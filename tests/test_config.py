@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
+import torch
 
 import config
 from config import UserError
@@ -150,6 +151,7 @@ def test_errors_take_one_line_and_the_right_code(capsys):
         (UserError("two\nlines"), 2, "error: two lines\n"),
         (OSError(28, "No space left on device", "x"), 1, "No space left on device: 'x'\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "error: out of memory\n"),
     ]
     for error, code, says in cases:
 
@@ -159,3 +161,17 @@ def test_errors_take_one_line_and_the_right_code(capsys):
 
         assert main([]) == code
         assert capsys.readouterr().err.endswith(says)
+
+
+def test_memory_that_torch_cannot_have_takes_one_line_too(capsys):
+    main = config.script(lambda argv: torch.empty(2**60) and None)
+    assert main([]) == 1
+    assert capsys.readouterr().err == "error: out of memory\n"
+
+
+def test_an_error_of_ours_is_shown_whole():
+    def broken(argv):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError):
+        config.script(broken)([])

@@ -328,3 +328,14 @@ def test_a_disk_without_room_is_said_before_the_run_starts(train, monkeypatch, c
     assert "23 checkpoints take about 7 MiB and 1 are free" in capsys.readouterr().err
     assert not Path("run").exists()
     assert train("--snapshot_interval=1", "--keep_snapshots=0", "--max_iters=1") == 2
+
+
+def test_a_resumed_run_needs_no_second_room_for_what_it_saved(train, resume, monkeypatch):
+    words = ("--snapshot_interval=5", "--max_iters=20")
+    assert train(*words) == 0
+    size = Path("run/ckpt.safetensors").stat().st_size
+    usage = shutil.disk_usage(".")._replace(free=3 * size)
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
+    assert resume(*words) == 0
+    assert resume("--snapshot_interval=1", "--max_iters=40") == 2, "40 snapshots, and 4 are there"
+    assert train(*words) == 2, "the older run stays, and takes its room"

@@ -65,12 +65,12 @@ def test_a_loss_that_is_no_number_ends_with_3(train, capsys):
     assert "training diverged" in capsys.readouterr().err
 
 
-def test_a_batch_that_does_not_fit_is_said(train, capsys):
-    there = torch.cuda.mem_get_info()[1]
-    hog = torch.empty(there - 2**30, dtype=torch.uint8, device=DEVICE)
+def test_a_batch_that_does_not_fit_is_said(train, capsys, monkeypatch):
     words = ("--batch_size=4096", "--n_embd=512", "--block_size=256", "--compile=False")
+    monkeypatch.setattr("train.memory", lambda device: None)  # no refusal beforehand
+    hog = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device=DEVICE)
     assert train(f"--device={DEVICE}", *words) == 2
-    assert "micro_batch_size" in capsys.readouterr().err
+    assert "out of memory: use a smaller micro_batch_size" in capsys.readouterr().err
     del hog
 
 
@@ -98,8 +98,9 @@ def test_the_same_text_as_on_a_cpu_in_float64(config):
     assert torch.equal(generate(model, idx.to(DEVICE), 60, top_k=20, top_p=0.9).cpu(), expected)
 
 
-def test_sample_speaks(train, capsys):
-    assert train(*MODERN) == 0
+@pytest.mark.parametrize("parts", [MODERN, ("--n_head=4", "--n_kv_head=2")])
+def test_sample_speaks(train, capsys, parts):
+    assert train(*parts) == 0
     capsys.readouterr()
     for dtype in ("auto", "float32"):
         words = [f"--device={DEVICE}", f"--dtype={dtype}", "--checkpoint=run", "--prompt=The"]

@@ -140,6 +140,8 @@ def test_the_fast_layout_gives_the_same_logits(config, dtype, within):
     model, idx = lively(config).float(), torch.randint(65, (3, SIZE))
     with torch.inference_mode():
         expected, _ = model(idx)
+        if dtype == "bfloat16":
+            expected -= expected.mean(-1, keepdim=True)
         make_fast(model, SampleConfig(dtype=dtype))
         logits, _ = model(idx)
         cache = model.new_cache(3, SIZE)
@@ -161,3 +163,32 @@ def test_wide_models_are_sampled_in_bfloat16_where_the_cpu_has_it(monkeypatch):
         model = GPT(replace(SMALL, n_layer=1, n_embd=n_embd))
         make_fast(model, SampleConfig())
         assert model.wte.weight.dtype == dtype
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    bigram = Bigram(replace(SMALL, n_embd=768))
+    make_fast(bigram, SampleConfig())
+    assert bigram.wte.weight.dtype == torch.float32
+
+
+def test_bfloat16_keeps_the_probabilities_of_logits_far_from_zero():
+    """GPT-2's lie about -100, where bfloat16 has nothing between two halves."""
+    model, idx = lively(SMALL).float(), torch.randint(65, (3, SIZE))
+    with torch.inference_mode():
+        model.wte.weight[:, 0] += 1
+        model.ln_f.weight[0], model.ln_f.bias[0] = 0, -100
+        expected, _ = model(idx)
+        make_fast(model, SampleConfig(dtype="bfloat16"))
+        logits, _ = model(idx)
+    assert expected.mean() < -90
+    assert (logits.float().softmax(-1) - expected.softmax(-1)).abs().max() < 0.02
+
+
+def test_attention_takes_sdpas_answer_in_any_layout(monkeypatch):
+    """On CUDA it is another in float32."""
+    model, sdpa = lively(SHAPES["n_kv_head"]), F.scaled_dot_product_attention
+    expected = generate(model, torch.zeros(3, 1, dtype=torch.long), 10)
+
+    def other(*args, **kwargs):
+        return sdpa(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", other)
+    assert torch.equal(generate(model, torch.zeros(3, 1, dtype=torch.long), 10), expected)

@@ -56,6 +56,10 @@ def test_gpt2_has_124_439_808_parameters():
         assert GPT(GPTConfig()).n_params() == 124_439_808
 
 
+def test_as_many_heads_of_keys_as_of_queries_are_gpt2s():
+    assert GPTConfig(n_kv_head=12) == GPTConfig()
+
+
 def test_the_usual_baby_size_builds():
     baby = GPTConfig(6, 6, 384, 256, 65, dropout=0.2, bias=False)
     with torch.device("meta"):

@@ -247,3 +247,21 @@ def test_a_file_that_is_there_is_not_overwritten(capsys, run_dir, tmp_path):
         err = say(capsys, run_dir, f"--output={tmp_path / name}", status=2).err
         assert f"--output={tmp_path / name}" in err and "choose another name" in err
     assert (tmp_path / "a.jsonl").read_text() == "mine"
+
+
+def test_an_interrupted_file_without_samples_goes(capsys, run_dir, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "searchsorted", interrupt)
+    say(capsys, run_dir, f"--output={tmp_path / 'a.jsonl'}", status=130)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_containers_memory_is_its_limit(tmp_path, monkeypatch):
+    here = sample.memory(torch.device("cpu"))
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(sample, "CGROUP_LIMITS", (str(limit), str(tmp_path / "none")))
+    for text, expected in (("1000000", 10**6), ("max", here)):
+        limit.write_text(text)
+        assert sample.memory(torch.device("cpu")) == expected

@@ -14,6 +14,7 @@ import torch
 from conftest import MODERN, ROOT
 
 import checkpoint
+import train as script
 from config import build
 from metrics import COLUMNS
 from train import TrainConfig, best_micro_batch, get_lr
@@ -401,12 +402,47 @@ def test_evaluation_is_the_mean_over_all_tokens(train, data_dir, capsys):
 
 def test_a_cpu_holds_at_a_time_what_it_keeps_the_memory_of():
     baby = {"n_embd": 384, "n_head": 6, "block_size": 256, "batch_size": 64}
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    cfg = build(TrainConfig, baby)
-    assert best_micro_batch(cfg, cpu, "bfloat16") == 32  # of 64 x 256 x 4 x 384 x 2 bytes
-    assert best_micro_batch(cfg, cpu, "float32") == 16
-    assert best_micro_batch(cfg, gpu, "bfloat16") == 64
-    assert best_micro_batch(build(TrainConfig, {**baby, "batch_size": 65}), cpu, "float32") == 65
+    for batch_size, device, dtype, expected in (
+        (64, "cpu", "bfloat16", 32),  # of 64 x 256 x 4 x 384 x 2 bytes
+        (64, "cpu", "float32", 16),
+        (64, "cuda", "bfloat16", 64),
+        (65, "cpu", "float32", 65),
+    ):
+        about = {**baby, "batch_size": batch_size, "device": device, "dtype": dtype}
+        assert best_micro_batch(build(TrainConfig, about)) == expected
+
+
+def test_another_batch_or_device_chooses_the_micro_batch_anew(train, resume, monkeypatch, capsys):
+    monkeypatch.setattr(script, "KEPT", 2**15)
+    assert train("--max_iters=10") == 0
+    chosen = checkpoint.load(Path("run/ckpt.safetensors"))[1]["run_config"]["micro_batch_size"]
+    assert chosen == 2
+    assert resume("--batch_size=9", "--max_iters=15") == 0
+    about = checkpoint.load(Path("run/ckpt.safetensors"))[1]["run_config"]
+    assert about["micro_batch_size"] == 9
+    given = {"init_from": "resume", "device": "cuda"}
+    moved = script.adopt(given, *reversed(checkpoint.load(Path("run/ckpt.safetensors"))[1:]), "")
+    assert moved["micro_batch_size"] == 0 and moved["compile"] == "auto"
+
+
+def test_a_resume_takes_the_threads_of_its_run_and_nothing_else_does(train, resume, monkeypatch):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert train("--max_iters=1") == 0
+        torch.set_num_threads(2)
+        assert resume("--max_iters=2") == 0
+        assert torch.get_num_threads() == 2, "OMP_NUM_THREADS is set, and asks for more"
+        torch.set_num_threads(1)
+        assert train("--max_iters=1") == 0
+        torch.set_num_threads(2)
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert train("--init_from=run", "--out_dir=tuned", "--max_iters=1") == 0
+        assert torch.get_num_threads() == 2
+        assert resume("--max_iters=2") == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there is memory kept")
