@@ -82,6 +82,8 @@ def main(argv: list[str]) -> None:
     name, recipe = choose(options)
     kind = options.tokenizer or recipe.tokenizer
     check_tokenizer(kind, given)
+    if options.val_input and "val_fraction" in given:
+        raise UserError("--val_input is all that validates: leave --val_fraction out")
     texts = Texts(options, options.input or recipe.input)
     tok = make_tokenizer(kind, options, texts)
     workers = options.workers or os.cpu_count() or 1

@@ -364,7 +364,7 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
         if "micro_batch_size" not in meta["run_config"]:
             raise UserError(f"{path} was not trained here; to begin from it: --init_from={path}")
         saved |= {"optimizer": "adamw", **meta["run_config"]}
-        fixed += ["dataset", "seed", "optimizer"]
+        fixed += ["seed", "optimizer"]
         moves = given.get("device", saved["device"]) != saved["device"]
         if moves or given.get("batch_size", saved["batch_size"]) != saved["batch_size"]:
             saved["micro_batch_size"] = 0

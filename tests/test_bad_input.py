@@ -192,6 +192,11 @@ CASES = (
         (prepare.main, "--name=x --input=latin1.txt", "not UTF-8: byte 0xe9 at offset 3"),
         (prepare.main, "--name=x --input=good.txt --tokenizer=words", "--tokenizer=words is none of char"),
         (prepare.main, "--name=x --input=good.txt --val_fraction=1", "val_fraction must be a number"),
+        (
+            prepare.main,
+            "--name=x --input=good.txt --val_input=good.txt --val_fraction=0.2",
+            "leave --val_fraction out",
+        ),
         # sample.py
         (sample.main, "--checkpoint=nowhere", "cannot open checkpoint nowhere"),
         (sample.main, "--checkpoint=data", "is a folder without best.safetensors or ckpt"),

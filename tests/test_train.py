@@ -1,8 +1,10 @@
 """Promise: one command trains, and leaves behind what it says it leaves."""
 
 import csv
+import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import MODERN, ROOT
+from conftest import MODERN, ROOT, write_bins
 
 import checkpoint
 import train as script
@@ -312,9 +314,22 @@ def test_a_resumed_run_goes_on_as_it_was_set_up(train, resume, capsys):
     assert "max_iters=10 reached after 10 updates" in capsys.readouterr().out
     assert resume("--max_iters=15") == 0
     assert int(rows()[-1]["iter_num"]) == 15
-    for change in ("--n_embd=64", "--dataset=other", "--seed=1", "--vocab_size=500"):
+    for change in ("--n_embd=64", "--seed=1", "--vocab_size=500"):
         assert resume(change) == 2
         assert "was made with" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_data_set_whatever_that_is_called(train, resume, data_dir, capsys):
+    assert train("--max_iters=1") == 0
+    shutil.copytree(data_dir / "small", data_dir / "renamed")
+    assert resume("--dataset=renamed", "--max_iters=2") == 0
+    write_bins(data_dir / "other", np.arange(1000) % 86, 86)
+    meta = (data_dir / "small" / "meta.json").read_text()
+    theirs = json.loads((data_dir / "other" / "meta.json").read_text())
+    other = {**theirs, "tokenizer": json.loads(meta)["tokenizer"]}
+    (data_dir / "other" / "meta.json").write_text(json.dumps(other))
+    assert resume("--dataset=other", "--max_iters=3") == 2
+    assert "is not the one that" in capsys.readouterr().err
 
 
 def test_finetuning_takes_the_weights_and_nothing_else(train, capsys):
@@ -415,13 +430,12 @@ def test_a_cpu_holds_at_a_time_what_it_keeps_the_memory_of():
 def test_another_batch_or_device_chooses_the_micro_batch_anew(train, resume, monkeypatch, capsys):
     monkeypatch.setattr(script, "KEPT", 2**15)
     assert train("--max_iters=10") == 0
-    chosen = checkpoint.load(Path("run/ckpt.safetensors"))[1]["run_config"]["micro_batch_size"]
-    assert chosen == 2
+    _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert meta["run_config"]["micro_batch_size"] == 2
     assert resume("--batch_size=9", "--max_iters=15") == 0
-    about = checkpoint.load(Path("run/ckpt.safetensors"))[1]["run_config"]
-    assert about["micro_batch_size"] == 9
-    given = {"init_from": "resume", "device": "cuda"}
-    moved = script.adopt(given, *reversed(checkpoint.load(Path("run/ckpt.safetensors"))[1:]), "")
+    _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert meta["run_config"]["micro_batch_size"] == 9
+    moved = script.adopt({"init_from": "resume", "device": "cuda"}, meta, Path("run"))
     assert moved["micro_batch_size"] == 0 and moved["compile"] == "auto"
 
 
