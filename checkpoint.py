@@ -445,8 +445,8 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "write: python checkpoint.py show PATH, or python checkpoint.py verify PATH"
         )
-    damaged = 0
-    for path in (file for word in words for file in _files(Path(word))):
+    damaged, files = 0, [file for word in words for file in _files(Path(word))]
+    for path in files:
         try:
             tensors, meta = load(path)
         except UserError as error:

@@ -200,3 +200,13 @@ def test_a_model_of_another_shape_is_named():
     ]:
         with pytest.raises(UserError, match=says):
             checkpoint.restore(params, tensors, "model.", "x")
+
+
+def test_verify_reads_nothing_where_a_path_means_nothing(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    save_run(tmp_path / "run", 1)
+    (tmp_path / "empty").mkdir()
+    paths = [str(tmp_path / name) for name in ("run", "empty")]
+    assert checkpoint.main(["verify", *paths]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("empty is a folder without checkpoints\n")
