@@ -164,6 +164,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     The tensors are views of one buffer that holds the file. Raises UserError for whatever is not
     a whole and unchanged checkpoint; no more is allocated than the file is long.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot open checkpoint {path}: it is no file")
     try:
         data = torch.empty(path.stat().st_size, dtype=torch.uint8)
         with open(path, "rb") as file:
@@ -429,7 +431,7 @@ def find(path: str, in_folder: tuple[str, ...]) -> Path:
     for name in in_folder:
         if (Path(path) / name).is_file():
             return Path(path) / name
-    raise UserError(f"{path} is a folder without {' or '.join(in_folder)}")
+    raise UserError(f"{path or '.'} is a folder without {' or '.join(in_folder)}")
 
 
 # ---- as a script --------------------------------------------------------------------------------

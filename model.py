@@ -58,7 +58,10 @@ class GPTConfig:
         if self.n_kv_head == self.n_head:
             self.n_kv_head = 0
         if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
+            fit = ", ".join(str(n) for n in range(1, self.n_head + 1) if self.n_head % n == 0)
+            raise ValueError(
+                f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}, but by {fit}"
+            )
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(
                 f"rotary turns pairs, but n_embd={self.n_embd} among n_head={self.n_head} makes "

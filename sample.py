@@ -101,14 +101,17 @@ def main(argv: list[str]) -> None:
     print("a prompt, then Enter; Ctrl-D ends", file=sys.stderr)
     while True:
         try:
-            prompt = unescape(input("> "))
+            prompt = unescape(input("> " if sys.stdin.isatty() else ""))
         except EOFError:
-            print()
+            print(file=sys.stderr)
             return
         try:
             show(model, tok, prompt, start_ids(tok, prompt, options.seed), options)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # ends this answer alone
+            print()
+        options.seed += 1  # asked again, it answers anew
 
 
 def show(
@@ -138,19 +141,27 @@ def write_samples(
 ) -> None:
     """Write the samples to --output, which must be new: a JSON line each, batch after batch."""
     try:
-        file = open(options.output, "x", encoding="utf-8")
+        file = open(options.output, "xb")
     except OSError as error:
         reason = error.strerror.lower()
         raise UserError(f"--output={options.output}: {reason}; choose another name") from None
-    number = -1
+    size = 0  # of the lines that are whole
     try:
         with file:
             for number, stream in enumerate(make_samples(model, tok, ids, options)):
-                line = {"prompt": prompt, "text": stream.take(), "tokens": stream.ids}
-                line |= {"seed": options.seed, "number": number}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                about = {"prompt": prompt, "text": stream.take(), "tokens": stream.ids}
+                about |= {"seed": options.seed, "number": number}
+                line = json.dumps(about, ensure_ascii=False).encode() + b"\n"
+                file.write(line)
+                file.flush()
+                size += len(line)
+    except OSError as error:
+        error.filename = options.output
+        raise
     finally:
-        if number < 0:  # nothing was made: the same command can be given again
+        if size:
+            os.truncate(options.output, size)
+        else:  # the same command can be given again
             os.unlink(options.output)
     print(f"saved: {options.output}, {options.num_samples} samples", file=sys.stderr)
 
@@ -295,6 +306,7 @@ def read_prompt(prompt: str) -> str:
         data = sys.stdin.buffer.read() if prompt == "-" else Path(path).read_bytes()
         return data.decode()
     except UnicodeDecodeError as error:
+        path = "standard input" if prompt == "-" else path
         raise UserError(f"--prompt: {path} is not UTF-8 at offset {error.start}") from None
     except OSError as error:
         raise UserError(f"--prompt: {path}: {error.strerror}") from None

@@ -11,8 +11,9 @@
     window(seed, n) -> idx, targets (B, T) -> logits (B, T, V), loss -> AdamW, Muon
         -> out/<run>/{ckpt,best}.safetensors, snapshots/, metrics.csv, loss.png
 
-Ctrl-C saves and ends the run with code 130, SIGTERM with 143; --init_from=resume goes on. Code 2 is
-a mistake in what was asked for, 3 a loss that is no longer a number, 1 a machine that failed.
+Ctrl-C saves and ends the run with code 130, SIGTERM with 143, a closed terminal with 129;
+--init_from=resume goes on. Code 2 is a mistake in what was asked for, 3 a loss that is no longer a
+number, 1 a machine that failed.
 """
 
 import ctypes
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -252,6 +254,8 @@ def start(given: dict, quick_start: bool = False) -> int:
         given = adopt(given, meta, path)
     resuming = given.get("init_from") == "resume"
     cfg = choose_machine(config.build(TrainConfig, given), meta["threads"] if resuming else None)
+    if resuming and (now := torch.get_num_threads()) != meta["threads"]:
+        print(f"{now} threads, before {meta['threads']}: the run goes on the same but for rounding")
     for package in ("tensorboard", "wandb"):
         if getattr(cfg, package):
             metrics.require(package)
@@ -919,9 +923,9 @@ def make_boards(run: Run) -> list[metrics.TensorBoard | metrics.WandB]:
 
 
 def first_word(run: Run) -> str:
-    """A prompt to try: the first word of the validation text."""
+    """A prompt to try: the first whole word of the validation text."""
     start = run.tok.decode(run.dataset.val.tokens[:500].tolist())
-    return next(iter(re.findall(r"\w{2,20}", start)), "")
+    return next(iter(re.findall(r"(?<=\W)\w{2,20}", start)), "")
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -932,12 +936,17 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Within it SIGINT and SIGTERM interrupt nothing: `caught` says which came; the loop looks."""
+    """Within it SIGINT, SIGTERM and SIGHUP interrupt nothing: `caught` says which came, and the
+    loop looks."""
 
     caught: signal.Signals | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._before = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)  # a terminal that closes; not on Windows
+        if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # as nohup has it
+            signals.append(hangup)
+        self._before = {s: signal.signal(s, self._catch) for s in signals}
         return self
 
     def _catch(self, number: int, frame: object) -> None:
@@ -1002,6 +1011,10 @@ def train(run: Run) -> int:
                     why = loop(run, log)
                 except Stopped:
                     save(run)
+                except OSError:  # nobody reads what is printed, say, or a disk is full
+                    with suppress(OSError):
+                        save(run)
+                    raise
         except torch.OutOfMemoryError:
             size = cfg.micro_batch_size
             holds_less = "model or block_size" if size == 1 else f"micro_batch_size than {size}"

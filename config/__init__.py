@@ -57,6 +57,9 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed, as cron may have it
+                setattr(sys, name, open(os.devnull, mode))
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # a narrow terminal must not end a run
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -210,3 +210,10 @@ def test_verify_reads_nothing_where_a_path_means_nothing(tmp_path, capsys):
     assert checkpoint.main(["verify", *paths]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("empty is a folder without checkpoints\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "f.safetensors")
+    with pytest.raises(UserError, match="is no file"):
+        checkpoint.load(tmp_path / "f.safetensors")

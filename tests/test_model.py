@@ -314,7 +314,7 @@ def test_flops_per_token_are_what_torch_counts(config):
 def test_a_width_that_does_not_divide_among_the_heads_is_refused():
     with pytest.raises(UserError, match="n_embd=100 does not divide among n_head=3"):
         build(GPTConfig, {"n_embd": 100, "n_head": 3})
-    with pytest.raises(UserError, match="n_head=4 does not divide by n_kv_head=3"):
+    with pytest.raises(UserError, match="n_head=4 does not divide by n_kv_head=3, but by 1, 2, 4"):
         build(GPTConfig, {"n_head": 4, "n_kv_head": 3})
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -265,3 +267,37 @@ def test_a_containers_memory_is_its_limit(tmp_path, monkeypatch):
     for text, expected in (("1000000", 10**6), ("max", here)):
         limit.write_text(text)
         assert sample.memory(torch.device("cpu")) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")
+def test_a_full_disk_leaves_whole_lines(run_dir, tmp_path):
+    import resource
+
+    words = ["--num_samples=300", "--max_new_tokens=50", f"--output={tmp_path / 'a.jsonl'}"]
+    for most in (20_000, 100):
+        done = script(
+            "sample.py",
+            f"--checkpoint={run_dir}",
+            *words,
+            preexec_fn=lambda most=most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+        )
+        assert done.returncode == 1 and "a.jsonl" in done.stderr, done.stderr
+        if most == 100:
+            assert not (tmp_path / "a.jsonl").exists(), "not even one line"
+            continue
+        lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["number"] for line in lines] == list(range(len(lines)))
+        assert 10 < len(lines) < 300
+        (tmp_path / "a.jsonl").unlink()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams_are_no_trouble(run_dir, closed):
+    words = (
+        f"{sys.executable} {ROOT}/sample.py --checkpoint={run_dir} --max_new_tokens=5 --prompt=-"
+    )
+    done = subprocess.run(
+        f"echo The | {words} {closed}", shell=True, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""Promise: Ctrl-C and SIGTERM save the run and end it; going on gives the bits of no interruption.
+"""Promise: a signal saves the run and ends it; going on gives the bits of no interruption.
 
 Real processes and real signals.
 """
@@ -18,7 +18,10 @@ import train as script
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (getattr(signal, "SIGHUP", None), 129)],
+)
 def test_a_signal_saves_and_the_resumed_run_is_the_same(train, data_dir, number, code):
     args = ("--max_iters=400", "--eval_interval=100", "--log_interval=20", "--num_samples=0")
     assert train(*args, "--out_dir=whole") == 0
@@ -40,6 +43,36 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(train, data_dir, number,
     again, _ = checkpoint.load(Path("run/ckpt.safetensors"))
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_run_that_nobody_reads_is_saved(data_dir, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *SMALL, f"--data_dir={data_dir}"]
+    command += ["--max_iters=100000", "--eval_interval=90000", "--num_samples=0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if line.startswith("iter 100:"):
+                break
+        run.stdout.close()
+        assert run.wait(timeout=60) == 1
+    _, meta = checkpoint.load(tmp_path / "run/ckpt.safetensors")
+    assert meta["progress"]["iter_num"] >= 100
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(data_dir, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *SMALL, f"--data_dir={data_dir}"]
+    with subprocess.Popen(
+        ["nohup", *command, "--max_iters=200", "--num_samples=0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as run:
+        for line in run.stdout:
+            if line.startswith("iter 50:"):
+                break
+        run.send_signal(signal.SIGHUP)
+        run.communicate(timeout=60)
+    assert run.returncode == 0
 
 
 def test_a_signal_during_evaluation_and_another_are_one(data_dir, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -18,6 +19,7 @@ from conftest import MODERN, ROOT, write_bins
 import checkpoint
 import train as script
 from config import build
+from data import tokenizer
 from metrics import COLUMNS
 from train import TrainConfig, best_micro_batch, get_lr
 
@@ -380,6 +382,13 @@ def test_a_checkpoint_from_before_an_option_existed_has_its_default(train, resum
         assert resume(f"--{option}") == 2
         assert f"{path} was made with {before}" in capsys.readouterr().err
     assert resume("--max_iters=6") == 0
+
+
+def test_the_word_to_try_is_a_whole_one():
+    tok = tokenizer.load({"kind": "byte"})
+    val = SimpleNamespace(tokens=np.frombuffer(b"RTENSIO: a good morrow", np.uint8))
+    run = SimpleNamespace(tok=tok, dataset=SimpleNamespace(val=val))
+    assert script.first_word(run) == "good"
 
 
 def test_evaluation_only(train, capsys):
