@@ -58,9 +58,10 @@ class GPTConfig:
         if self.n_kv_head == self.n_head:
             self.n_kv_head = 0
         if self.n_kv_head and self.n_head % self.n_kv_head:
-            fit = ", ".join(str(n) for n in range(1, self.n_head + 1) if self.n_head % n == 0)
+            divisors = [str(n) for n in range(1, self.n_head + 1) if self.n_head % n == 0]
             raise ValueError(
-                f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}, but by {fit}"
+                f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}, "
+                f"but by {', '.join(divisors)}"
             )
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(
@@ -592,7 +593,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-LONGEST_WRITTEN_OUT = 256  # tokens
+LONGEST_WRITTEN_OUT = 512  # tokens
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -369,10 +369,10 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
             raise UserError(f"{path} was not trained here; to begin from it: --init_from={path}")
         saved |= {"optimizer": "adamw", **meta["run_config"]}
         fixed += ["seed", "optimizer"]
-        moves = given.get("device", saved["device"]) != saved["device"]
-        if moves or given.get("batch_size", saved["batch_size"]) != saved["batch_size"]:
+        changed = {name for name in given if given[name] != saved.get(name)}
+        if changed & {"batch_size", "device"}:  # what was right there may not be so here
             saved["micro_batch_size"] = 0
-        if moves:
+        if "device" in changed:
             saved["compile"] = "auto"
     elif "dataset" not in given:
         before = meta.get("run_config", {})
@@ -1014,6 +1014,7 @@ def train(run: Run) -> int:
                 except OSError:  # nobody reads what is printed, say, or a disk is full
                     with suppress(OSError):
                         save(run)
+                        print(f"saved after {progress.iter_num:,} updates", file=sys.stderr)
                     raise
         except torch.OutOfMemoryError:
             size = cfg.micro_batch_size
