@@ -3,8 +3,8 @@
     python tests/bench/steps.py [ROUNDS]
 
 Medians in ms of the parts of one update, for models made as config/shakespeare_char_cpu.py makes
-them: gathering the batch, forward, backward, the optimizers with the norm of the gradient; then
-tokens a second, the FLOPs of flops_per_token() in a second, and the most MiB that a process held
+them: gathering the batch, forward, backward, the norm of the gradient, the optimizers; then tokens
+a second, the FLOPs of flops_per_token() in a second, and the most MiB that a process held
 beyond its imports, weights and moments included. Every shape has a process of its own.
 """
 
@@ -29,7 +29,7 @@ SHAPES = [  # what, n_layer, n_head, n_embd, block_size, batch_size
     *(("block", 4, 4, 256, 2**k, 2 ** (13 - k)) for k in range(6, 13)),  # 8,192 tokens each
     *(("width", 4, width // 64, width, 256, 32) for width in (128, 256, 512, 1024)),
 ]
-PARTS = ("data", "forward", "backward", "optimizer")
+PARTS = ("data", "forward", "backward", "norm", "optimizer")
 
 
 def one(shape: list, rounds: int) -> dict:
@@ -57,12 +57,13 @@ def one(shape: list, rounds: int) -> dict:
                 marks.append(now(cfg))
                 for part, begin, end in zip(PARTS, marks, marks[1:], strict=False):
                     spent[part] += end - begin
-            began = now(cfg)
+            marks = [now(cfg)]
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), math.inf)
+            marks.append(now(cfg))
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            spent["optimizer"] = now(cfg) - began
+            spent["norm"], spent["optimizer"] = marks[1] - marks[0], now(cfg) - marks[1]
             if i >= 2:
                 for part in PARTS:
                     seconds[part].append(spent[part])
