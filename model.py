@@ -625,7 +625,8 @@ class TokenLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, backward_follows: bool) -> Tensor:
         logits = F.linear(x, weight)
         exact = torch.promote_types(logits.dtype, torch.float32)
-        rows = max(1, LOGITS_AT_A_TIME.get(x.device.type, 2**28) // len(weight))
+        at_a_time = LOGITS_AT_A_TIME["cpu" if x.device.type == "cpu" else "gpu"]
+        rows = max(1, at_a_time // len(weight))
         loss_sum = torch.zeros((), dtype=exact, device=x.device)
         for some, t in zip(logits.split(rows), targets.split(rows), strict=True):
             log_probs = some.log_softmax(-1, dtype=exact)
@@ -647,7 +648,7 @@ class TokenLoss(torch.autograd.Function):
         return dx * (grad / count), dweight * (grad / count), None, None
 
 
-LOGITS_AT_A_TIME = {"cpu": 2**22}  # elsewhere 2^28: enough to keep it busy
+LOGITS_AT_A_TIME = {"cpu": 2**22, "gpu": 2**28}  # enough to keep it busy
 
 
 def choose(

@@ -235,7 +235,7 @@ def test_the_loss_is_cross_entropy_whatever_is_held_at_a_time(
     monkeypatch, at_a_time, dtype, within
 ):
     """Its gradients too: those of torch's own."""
-    monkeypatch.setitem(model_py.LOGITS_AT_A_TIME, True, at_a_time)
+    monkeypatch.setitem(model_py.LOGITS_AT_A_TIME, "cpu", at_a_time)
     x, weight = torch.randn(2, 7, 16).double(), torch.randn(300, 16).double()
     x, weight = (p.to(dtype).requires_grad_() for p in (x, weight))
     targets = torch.randint(300, (2, 7))

@@ -273,22 +273,22 @@ def test_a_containers_memory_is_its_limit(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_whole_lines(run_dir, tmp_path):
     import resource
 
-    words = ["--num_samples=300", "--max_new_tokens=50", f"--output={tmp_path / 'a.jsonl'}"]
-    for most in (20_000, 100):
+    def write_at_most(size):
+        words = ["--num_samples=300", "--max_new_tokens=50", f"--output={tmp_path / 'a.jsonl'}"]
         done = script(
             "sample.py",
             f"--checkpoint={run_dir}",
             *words,
-            preexec_fn=lambda most=most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
         )
         assert done.returncode == 1 and "a.jsonl" in done.stderr, done.stderr
-        if most == 100:
-            assert not (tmp_path / "a.jsonl").exists(), "not even one line"
-            continue
-        lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
-        assert [json.loads(line)["number"] for line in lines] == list(range(len(lines)))
-        assert 10 < len(lines) < 300
-        (tmp_path / "a.jsonl").unlink()
+
+    write_at_most(100)
+    assert not (tmp_path / "a.jsonl").exists(), "not even one line"
+    write_at_most(20_000)
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["number"] for line in lines] == list(range(len(lines)))
+    assert 10 < len(lines) < 300
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
