@@ -12,7 +12,7 @@ place of some of these; the README has what each of them gains.
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,9 +81,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(
-        self, x: Tensor, turns: Turns | None = None, layer: "LayerCache | None" = None
+        self,
+        x: Tensor,
+        turns: Turns | None = None,
+        cache: "Cache | None" = None,
+        layer: int = 0,
     ) -> Tensor:
-        B, T, C = x.shape
+        (B, T, C), seen = x.shape, None
         qkv = self.c_attn(x).view(B, T, -1, C // self.n_head)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
         if self.qk_norm:
@@ -91,9 +95,9 @@ class CausalSelfAttention(nn.Module):
         if turns is not None:
             qk = rotate(qk, turns)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=2)  # (B, T, n_head, head_dim)
-        if layer is not None:
-            k, v = layer.add(k, v)
-        return self.c_proj(attend(q, k, v).reshape(B, T, C))
+        if cache is not None:
+            k, v, seen = cache.add(layer, k, v)
+        return self.c_proj(attend(q, k, v, seen).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -133,9 +137,9 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.conv - 1, 1, config.n_embd))
 
-    def forward(self, x: Tensor, layer: "LayerCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: "Cache | None" = None, layer: int = 0) -> Tensor:
         T, n = x.shape[1], len(self.weight)
-        padded = F.pad(x, (0, 0, n, 0)) if layer is None else layer.after_inputs(x, n)
+        padded = F.pad(x, (0, 0, n, 0)) if cache is None else cache.after_inputs(layer, x, n)
         y = x  # (B, T, C); padded (B, n + T, C)
         for k, w in enumerate(self.weight.to(x.dtype), 1):
             y = torch.addcmul(y, padded[:, n - k : n - k + T], w)
@@ -175,57 +179,68 @@ class Block(nn.Module):
         self.drop = Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, turns: Turns | None = None, layer: "LayerCache | None" = None
+        self,
+        x: Tensor,
+        turns: Turns | None = None,
+        cache: "Cache | None" = None,
+        layer: int = 0,
     ) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), turns, layer))
+        x = x + self.drop(self.attn(self.ln_1(x), turns, cache, layer))
         y = self.ln_2(x)
         if self.conv is not None:
-            y = self.conv(y, layer)
+            y = self.conv(y, cache, layer)
         return x + self.drop(self.mlp(y))
-
-
-class LayerCache:
-    """What one layer keeps of the tokens before: their keys and values, and its conv's inputs."""
-
-    def __init__(self, cache: "Cache"):
-        self.cache, self.keys, self.values, self.inputs = cache, None, None, None
-
-    def add(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v (B or 1, T, n_kv_head, head_dim); return those that the queries see."""
-        start, size, T = self.cache.length, self.cache.size, k.shape[1]
-        if self.keys is None:  # in the dtype that is computed in, whatever that of the weights
-            shape = (self.cache.B, k.shape[2], size, k.shape[3])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        if start == 0:
-            self.keys[:, :, :T], self.values[:, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
-            return k, v
-        assert T == 1
-        seen = []
-        for kept, new in ((self.keys, k), (self.values, v)):
-            kept.select(2, start % size).copy_(new.select(1, 0))
-            seen.append(kept.narrow(2, 0, min(start + 1, size)).transpose(1, 2))
-        return tuple(seen)
-
-    def after_inputs(self, x: Tensor, n: int) -> Tensor:
-        """x (B or 1, T, C) after the n inputs before it, zeros where there are none."""
-        if self.cache.length == 0:
-            self.inputs = x.new_zeros(x.shape[0], n, x.shape[2])
-        padded = torch.cat((self.inputs, x), dim=1)
-        self.inputs = padded[:, -n:].expand(self.cache.B, -1, -1)
-        return padded
 
 
 class Cache:
     """What a GPT keeps of B texts, so that their next tokens alone have to be computed.
 
-    Of the last `size` tokens; a further one takes the place of the oldest. `length` counts those
-    seen, and forward() alone advances it. Texts may begin with one prompt, as a batch of 1. With
-    learned positions there is no place beyond block_size, and next_logits() begins anew, at 0.
+    Each layer's keys and values of the last `size` tokens, of which a further one takes the place
+    of the oldest, and the last inputs of its conv. `length` counts the tokens seen, and
+    next_logits() alone advances it. Texts may begin with one prompt, as a batch of 1. With learned
+    positions there is no place beyond block_size, and next_logits() begins anew, at 0.
+
+    What is to be captured must have the same shapes at every token and read where it stands from a
+    tensor, `position`: it attends to all `size` places, of which the mask `seen` leaves out those
+    not yet filled.
     """
 
-    def __init__(self, config: GPTConfig, B: int, size: int):
+    def __init__(self, config: GPTConfig, B: int, size: int, position: Tensor | None = None):
         self.B, self.size, self.length = B, size, 0
-        self.layers = [LayerCache(self) for _ in range(config.n_layer)]
+        self.position, self.seen = position, None  # int64 (1,), bool (1, size)
+        self.keys, self.values, self.inputs = ([None] * config.n_layer for _ in range(3))
+
+    def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep k and v (B or 1, T, n_kv_head, head_dim); return all there are, and `seen`."""
+        start, size, T = self.length, self.size, k.shape[1]
+        if self.keys[layer] is None:  # in the dtype computed in, whatever that of the weights
+            shape = (self.B, k.shape[2], size, k.shape[3])
+            self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        keys, values = self.keys[layer], self.values[layer]
+        if start == 0:
+            keys[:, :, :T], values[:, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
+            return k, v, None
+        assert T == 1
+        if self.position is not None:
+            place = self.position % size
+            keys.index_copy_(2, place, k.transpose(1, 2))
+            values.index_copy_(2, place, v.transpose(1, 2))
+            return keys.transpose(1, 2), values.transpose(1, 2), self.seen
+        there = []
+        for kept, new in ((keys, k), (values, v)):
+            kept.select(2, start % size).copy_(new.select(1, 0))
+            there.append(kept.narrow(2, 0, min(start + 1, size)).transpose(1, 2))
+        return *there, None
+
+    def after_inputs(self, layer: int, x: Tensor, n: int) -> Tensor:
+        """x (B or 1, T, C) after the n inputs before it, zeros where there are none."""
+        if self.inputs[layer] is None:
+            self.inputs[layer] = x.new_empty(self.B, n, x.shape[2])
+        inputs = self.inputs[layer]
+        before = inputs if self.length else x.new_zeros(x.shape[0], n, x.shape[2])
+        padded = torch.cat((before, x), dim=1)
+        inputs.copy_(padded[:, -n:])
+        return padded
 
 
 class LanguageModel(nn.Module):
@@ -254,6 +269,7 @@ class LanguageModel(nn.Module):
         top_p: float = 1.0,
         n_ids: int | None = None,
         plain: bool = False,
+        capture: Callable[[Callable], Callable] | None = None,
     ) -> Iterator[Tensor]:
         """Continue `idx` (B or 1, T) by N ids, yielding them (B,) position after position.
 
@@ -264,16 +280,24 @@ class LanguageModel(nn.Module):
         block_size. From then on a cache with rotary positions still holds, in the deeper layers,
         something of what it saw before; with learned positions the older half of the text is
         forgotten each time that it is full.
+
+        `capture`, such as graphs.Captured, makes of the function that computes the logits of one
+        further token another that does the same, launched at once.
         """
         B, N = uniforms.shape
-        cache = None if plain else self.new_cache(B, idx.shape[1] + N)
+        cache, step = None, None
+        if not plain:
+            position = torch.zeros(1, dtype=torch.long, device=idx.device) if capture else None
+            cache = self.new_cache(B, idx.shape[1] + N, position)
+        if cache and capture:
+            step = capture(lambda idx: self.forward(idx, cache=cache)[0])
         for u in uniforms.to(idx.device).unbind(1):
-            logits = self.next_logits(idx, cache)[:, :n_ids].expand(B, -1)
+            logits = self.next_logits(idx, cache, step)[:, :n_ids].expand(B, -1)
             new = choose(logits, u, temperature, top_k, top_p)  # (B,)
             yield new
             idx = torch.cat((idx[:, -self.config.block_size :].expand(B, -1), new[:, None]), dim=1)
 
-    def new_cache(self, B: int, n_tokens: int) -> Cache | None:
+    def new_cache(self, B: int, n_tokens: int, position: Tensor | None = None) -> Cache | None:
         """A cache for B texts of at most n_tokens; None where a model needs none."""
         return None
 
@@ -281,8 +305,13 @@ class LanguageModel(nn.Module):
         """Numbers held at a time, roughly, while a text grows to n_tokens."""
         return 8 * self.config.vocab_size
 
-    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits (B, V) of what follows idx (B, T), of which the cache saw all but the last."""
+    def next_logits(
+        self, idx: Tensor, cache: Cache | None = None, step: Callable | None = None
+    ) -> Tensor:
+        """Logits (B, V) of what follows idx (B, T), of which the cache saw all but the last.
+
+        `step`, where there is one, takes a single token (B, 1) in the place of forward().
+        """
         # forward itself: a compiled model would be compiled anew for each length
         logits, _ = self.forward(idx[:, -self.config.block_size :])
         return logits[:, -1]
@@ -338,24 +367,27 @@ class GPT(LanguageModel):
         c = self.config
         start = cache.length if cache else 0
         end = start + idx.shape[1]
+        position = cache.position if start else None  # where shapes must stay the same
+        if position is not None:
+            cache.seen = torch.arange(cache.size, device=idx.device)[None] <= position
         x, turns = self.wte(idx), None  # (B, T, C)
         if c.rotary:
-            positions = torch.arange(start, end, device=idx.device)
-            turns = rotary_turns(positions, c.n_embd // c.n_head)
+            at = torch.arange(start, end, device=idx.device) if position is None else position
+            turns = rotary_turns(at, c.n_embd // c.n_head)
         else:
-            x = x + self.wpe.weight[start:end]
+            x = x + (self.wpe.weight[start:end] if position is None else self.wpe(position))
         x = self.drop(x)
-        for i, block in enumerate(self.h):
-            x = block(x, turns, cache and cache.layers[i])
+        for layer, block in enumerate(self.h):
+            x = block(x, turns, cache, layer)
         if cache:
-            cache.length, x = end, x[:, -1:]
+            x = x[:, -1:]
         x = self.ln_f(x)
         if targets is None:
             return self.lm_head(x), None
         return None, token_loss(x, self.lm_head.weight, targets)
 
-    def new_cache(self, B: int, n_tokens: int) -> Cache:
-        return Cache(self.config, B, min(n_tokens, self.config.block_size))
+    def new_cache(self, B: int, n_tokens: int, position: Tensor | None = None) -> Cache:
+        return Cache(self.config, B, min(n_tokens, self.config.block_size), position)
 
     def numbers_to_generate(self, n_tokens: int) -> int:
         c = self.config
@@ -363,16 +395,21 @@ class GPT(LanguageModel):
         width += 16 * c.n_embd  # of a layer, when the newer half of a text is computed anew
         return min(n_tokens, c.block_size) * width + super().numbers_to_generate(n_tokens)
 
-    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+    def next_logits(
+        self, idx: Tensor, cache: Cache | None = None, step: Callable | None = None
+    ) -> Tensor:
         if cache is None:
             return super().next_logits(idx)
-        if cache.length == 0:
-            idx = idx[:, -cache.size :]
-        elif cache.length == cache.size and not self.config.rotary:
+        if cache.length == cache.size and not self.config.rotary:
             cache.length, idx = 0, idx[:, -max(1, cache.size // 2) :]
+        idx = idx[:, -1:] if cache.length else idx[:, -cache.size :]
+        if step and cache.length:
+            cache.position.fill_(cache.length)
+            logits = step(idx)
         else:
-            idx = idx[:, -1:]
-        return self.forward(idx, cache=cache)[0][:, -1]
+            logits, _ = self.forward(idx, cache=cache)
+        cache.length += idx.shape[1]
+        return logits[:, -1]
 
     def flops_per_token(self) -> int:
         """6 for each weight that multiplies a token, and 12 * n_layer * n_embd * block_size.
@@ -448,7 +485,9 @@ class Bigram(LanguageModel):
             return logits, None
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+    def next_logits(
+        self, idx: Tensor, cache: Cache | None = None, step: Callable | None = None
+    ) -> Tensor:
         return self.wte(idx[:, -1])
 
     def flops_per_token(self) -> int:
@@ -574,17 +613,18 @@ def rotate(x: Tensor, turns: Turns) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """Causal attention: softmax(q k^T / sqrt(head_dim)) v, shaped as q (B, T, n_head, head_dim).
 
     Each of k and v (B, T, n_kv_head, head_dim) serves n_head / n_kv_head queries (Ainslie et al.
-    2023, "GQA"). The queries of a single token, T = 1, see all of k and v, however many. Without
-    dropout on the weights, which would take SDPA off its fused path (README).
+    2023, "GQA"). The queries of a single token, T = 1, see all of k and v, however many, or those
+    that `seen`, bool (1, n), marks. Without dropout on the weights, which would take SDPA off its
+    fused path (README).
     """
     if q.shape[1] == 1:  # those that share a key and value are these queries' T
         k, v = (x.transpose(1, 2) for x in (k, v))  # (B, n_kv_head, n, head_dim)
-        y = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v)
-        return y.reshape(q.shape)
+        q_shared = q.view(len(q), k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(q_shared, k, v, attn_mask=seen).reshape(q.shape)
     if (queries := q.shape[2] // k.shape[2]) > 1:
         k, v = (x.repeat_interleave(queries, dim=2) for x in (k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= LONGEST_WRITTEN_OUT:

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,6 +41,7 @@ from config import UserError
 from data import tokenizer
 from data.download import GPT2, pretrained_folder
 from data.tokenizer import Tokenizer
+from graphs import Captured
 from model import GPT, MODELS, GPTConfig, LanguageModel, assemble, outline, pack
 
 WIDE = 256  # n_embd from which a CPU multiplies a few rows faster in bfloat16
@@ -60,6 +62,7 @@ class SampleConfig:
     cache_dir: str = ""  # where gpt2* is kept; empty: Hugging Face's usual cache
     device: str = "auto"  # cuda, mps, cpu; auto: the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is faster
+    cuda_graphs: bool = False  # launch a token's kernels together, on CUDA
 
     # what it continues: text with \n, \t, \r and \\; FILE:path; - for standard input
     prompt: str = ""  # empty: begins after end-of-text, a newline, or a token drawn by the seed
@@ -84,6 +87,8 @@ def main(argv: list[str]) -> None:
     if options.interactive and options.output:
         raise UserError("--interactive shows its samples: leave --output out")
     device = find_device(options.device)
+    if options.cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs needs CUDA; on {device.type} leave it out")
     prompt = read_prompt(options.prompt)
     options.stop = unescape(options.stop)
     name = options.checkpoint or str(checkpoint.newest_run(Path("out")))
@@ -349,7 +354,8 @@ def complete(
     for rounding.
     """
     numbers = range(first, first + len(streams))
-    idx = torch.from_numpy(ids.astype(np.int64))[None].to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    idx = torch.from_numpy(ids.astype(np.int64))[None].to(device)
     n = options.max_new_tokens
     draws = [np.random.default_rng((options.seed, i)).random(n, np.float32) for i in numbers]
     steps = model.generate(
@@ -359,6 +365,7 @@ def complete(
         options.top_k,
         options.top_p,
         streams[0].tok.vocab_size,
+        capture=partial(Captured, device=device) if options.cuda_graphs else None,
     )
     while some := list(islice(steps, at_a_time)):  # (B,) each
         for new in torch.stack(some).tolist():

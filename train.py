@@ -26,8 +26,10 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +43,7 @@ import metrics
 from config import UserError
 from data import bins, tokenizer
 from data.tokenizer import Tokenizer
+from graphs import Captured
 from model import LONGEST_WRITTEN_OUT, MODELS, GPTConfig, LanguageModel, fit, outline
 from muon import Muon
 from sample import (
@@ -124,6 +127,7 @@ class TrainConfig(GPTConfig):
     device: str = "auto"  # cuda, cuda:1, mps, cpu; auto: the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
+    cuda_graphs: bool = False  # launch an update's kernels together; for small models on CUDA
     deterministic: bool = False  # the same bits on CUDA too, at some cost
 
     def __post_init__(self):
@@ -222,6 +226,8 @@ class Run:
     progress: Progress
     clock: Clock
     stop: "StopSignals"
+    gradient: Callable[..., Tensor] | None = None  # add_gradient(), captured where it is asked for
+    step: Callable[..., Tensor] | None = None  # take_step(), likewise
 
 
 class Diverged(Exception):
@@ -373,7 +379,7 @@ def adopt(given: dict, meta: dict, path: Path) -> dict:
         if changed & {"batch_size", "device"}:  # what was right there may not be so here
             saved["micro_batch_size"] = 0
         if "device" in changed:
-            saved["compile"] = "auto"
+            saved |= {"compile": "auto", "cuda_graphs": False}
     elif "dataset" not in given:
         before = meta.get("run_config", {})
         saved |= {k: before[k] for k in ("dataset", "data_dir") if k in before}
@@ -415,6 +421,8 @@ def choose_machine(cfg: TrainConfig, threads: int | None) -> TrainConfig:
         dtype = fast_dtype(device)
     if dtype == "float16" and not cuda:
         raise UserError(f"dtype=float16 needs CUDA; on {device.type} write float32 or bfloat16")
+    if cfg.cuda_graphs and not cuda:
+        raise UserError(f"cuda_graphs needs CUDA; on {device.type} leave it out")
     if device.type == "cpu":
         keep_freed_memory()
         if threads and "OMP_NUM_THREADS" not in os.environ:
@@ -488,6 +496,9 @@ def make_run(
         clock=Clock(progress, cfg.device),
         stop=StopSignals(),
     )
+    run.gradient, run.step = partial(add_gradient, run), partial(take_step, run)
+    if cfg.cuda_graphs:
+        run.gradient, run.step = (Captured(f, cfg.device) for f in (run.gradient, run.step))
     if resuming:
         checkpoint.restore(optimizer_tensors(run), tensors, "optimizer.", path)
         try:
@@ -563,6 +574,7 @@ def make_optimizers(model: LanguageModel, cfg: TrainConfig) -> list[torch.optim.
         lr=cfg.learning_rate,
         betas=(cfg.beta1, cfg.beta2),
         fused=True,
+        capturable=cfg.cuda_graphs,
     )
     for p in params.values():  # as the first step would, so that it can be saved or restored now
         adamw.state[p] = {
@@ -614,52 +626,62 @@ def forward_backward(run: Run, n: int, count: int) -> Tensor:
     `count` is a multiple of micro_batch_size. Returns that loss in nats per token, on the device.
     """
     cfg, train = run.cfg, run.dataset.train
-    micro_steps = count // cfg.micro_batch_size
-    loss_sum = torch.zeros((), device=cfg.device)
-    for micro_step in range(micro_steps):
+    loss = torch.zeros((), device=cfg.device)
+    for micro_step in range(count // cfg.micro_batch_size):
         rows = n + micro_step * cfg.micro_batch_size + np.arange(cfg.micro_batch_size)
         starts = bins.window(cfg.seed, rows, len(train.tokens), cfg.block_size)
         idx, targets = get_batch(run, train, starts)
         # dropout follows from the place in the run alone: a resume has nothing to restore
         place = np.random.SeedSequence((cfg.seed, run.progress.iter_num, micro_step))
         torch.manual_seed(int(place.generate_state(1)[0]))
-        with autocast(run):
-            _, loss = run.model(idx, targets)
-        loss = loss / micro_steps
-        run.scaler.scale(loss).backward()
-        loss_sum += loss.detach()
-    return loss_sum
+        loss += run.gradient(idx, targets)
+    return loss
+
+
+def add_gradient(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
+    """Add the gradient of a micro batch's share of the loss to .grad; return that share."""
+    with autocast(run):
+        _, loss = run.model(idx, targets)
+    loss = loss / (run.cfg.batch_size // run.cfg.micro_batch_size)
+    run.scaler.scale(loss).backward()
+    return loss.detach()
 
 
 def update(run: Run) -> tuple[Tensor, Tensor]:
-    """Make update iter_num; return its loss and gradient norm, on the device.
-
-    Once either is not finite, `run.diverged` remembers it, and this and every later update leaves
-    weights and moments as they are, without the host having to look.
-    """
+    """Make update iter_num; return its loss and gradient norm, on the device."""
     cfg, progress = run.cfg, run.progress
-    share = get_lr(progress.iter_num, cfg) / cfg.learning_rate
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = share * optimizer.defaults["lr"]
     loss = forward_backward(run, progress.n, cfg.batch_size)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-    float16 = run.scaler.is_enabled()  # in which a gradient that overflows is no divergence
-    bad = ~loss.isfinite() if float16 else ~(loss + norm).isfinite()
-    now = torch.stack([bad, torch.full_like(loss, progress.iter_num), loss, norm])
-    run.diverged = torch.where(run.diverged[0] > 0, run.diverged, now)
-    skipped = torch.maximum(run.diverged[0], (~norm.isfinite()).float())
-    for optimizer in run.optimizers:  # all of them or none
-        optimizer.found_inf = skipped
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    lr_share = get_lr(progress.iter_num, cfg) / cfg.learning_rate
+    norm = run.step(loss, progress.iter_num, lr_share)
     run.scaler.update()
     progress.iter_num += 1
     progress.n += cfg.batch_size
     progress.tokens += cfg.batch_size * cfg.block_size
     return loss, norm
+
+
+def take_step(run: Run, loss: Tensor, iter_num: int | Tensor, lr_share: float | Tensor) -> Tensor:
+    """Have the optimizers follow .grad, at a share of their learning rates; return its norm.
+
+    Once that or the loss is not finite, `run.diverged` remembers it, and this and every later step
+    leaves weights and moments as they are, without the host having to look.
+    """
+    cfg = run.cfg
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+    float16 = run.scaler.is_enabled()  # in which a gradient that overflows is no divergence
+    bad = ~loss.isfinite() if float16 else ~(loss + norm).isfinite()
+    now = torch.stack([bad, torch.zeros_like(loss) + iter_num, loss, norm])
+    run.diverged.copy_(torch.where(run.diverged[0] > 0, run.diverged, now))
+    skipped = torch.maximum(run.diverged[0], (~norm.isfinite()).float())
+    for optimizer in run.optimizers:  # all of them or none
+        for group in optimizer.param_groups:
+            group["lr"] = lr_share * optimizer.defaults["lr"]
+        optimizer.found_inf = skipped
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not cfg.cuda_graphs)
+    return norm
 
 
 def check_finite(run: Run, found: str = "") -> None:
@@ -845,16 +867,15 @@ def warm_up(run: Run) -> float:
         trial = Progress()
         clock = Clock(trial, cfg.device)
         clock.start()
-        forward_backward(run, 0, cfg.micro_batch_size)
+        loss = forward_backward(run, 0, cfg.micro_batch_size)
         clock.stop()
         micro_batches.append(trial.train_seconds)
+        run.diverged[0] = 1  # so that a step works, and changes nothing
         clock.start()
-        for optimizer in run.optimizers:
-            optimizer.found_inf = torch.ones((), device=cfg.device)  # works, and changes nothing
-            optimizer.step()
+        run.step(loss, 0, 1.0)
         clock.stop()
         updates.append(trial.train_seconds)
-    run.model.zero_grad(set_to_none=True)
+    run.diverged.zero_()
     others = cfg.batch_size // cfg.micro_batch_size - 1  # micro batches beside the one tried
     return min(updates) + others * min(micro_batches)
 

@@ -15,7 +15,7 @@ rotary, qk_norm, conv = True, True, 3
 batch_size = 16
 max_iters = 1200
 optimizer, muon_lr, learning_rate = "muon", 0.03, 4e-3
-weight_decay = 0.4  # so little text, read so often, wants much of it
+weight_decay = 0.2  # so little text, read so often, wants much of it
 schedule, warmup_iters = "linear", 0
 
 eval_interval = 300

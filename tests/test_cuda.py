@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MODERN
-from test_kv_cache import SHAPES, generate, lively
+from test_kv_cache import LONG, SHAPES, generate, lively
 from torch.nn import functional as F
 
 import checkpoint
 import sample
+from graphs import Captured
 from model import token_loss
 
 DEVICE = "cuda"
@@ -39,6 +40,15 @@ def test_half_precision_and_compiling_come_close(train, dtype, compile):
     words = (f"--device={DEVICE}", f"--dtype={dtype}", f"--compile={compile}", "--out_dir=gpu")
     assert train(*PLAIN, *MODERN, *words) == 0
     assert val_loss("gpu") == pytest.approx(val_loss("cpu"), abs=0.05)
+
+
+@pytest.mark.parametrize("compile", ["False", "True"])
+@pytest.mark.parametrize("parts", [(), MODERN, ("--micro_batch_size=2", "--dropout=0.1")])
+def test_graphs_train_the_same(train, parts, compile):
+    words = (*PLAIN, *parts, f"--device={DEVICE}", "--dtype=bfloat16", f"--compile={compile}")
+    assert train(*words, "--out_dir=steps") == 0
+    assert train(*words, "--cuda_graphs", "--out_dir=graphs") == 0
+    assert val_loss("graphs") == pytest.approx(val_loss("steps"), abs=5e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -98,11 +108,19 @@ def test_the_same_text_as_on_a_cpu_in_float64(config):
     assert torch.equal(generate(model, idx.to(DEVICE), 60, top_k=20, top_p=0.9).cpu(), expected)
 
 
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
+def test_the_same_text_from_a_graph(config):
+    model, idx = lively(config).to(DEVICE), torch.randint(65, (3, 10)).to(DEVICE)
+    expected = generate(model, idx, LONG, top_k=20, top_p=0.9)
+    again = generate(model, idx, LONG, top_k=20, top_p=0.9, capture=lambda f: Captured(f, DEVICE))
+    assert torch.equal(again, expected)
+
+
 @pytest.mark.parametrize("parts", [MODERN, ("--n_head=4", "--n_kv_head=2")])
 def test_sample_speaks(train, capsys, parts):
     assert train(*parts) == 0
     capsys.readouterr()
-    for dtype in ("auto", "float32"):
-        words = [f"--device={DEVICE}", f"--dtype={dtype}", "--checkpoint=run", "--prompt=The"]
+    for options in (("--dtype=auto",), ("--dtype=float32",), ("--cuda_graphs",)):
+        words = [f"--device={DEVICE}", *options, "--checkpoint=run", "--prompt=The"]
         assert sample.main([*words, "--num_samples=5", "--max_new_tokens=50"]) == 0
         assert capsys.readouterr().out.count("-" * 80) == 5

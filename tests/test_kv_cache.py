@@ -1,5 +1,7 @@
 """Promise: from a cache comes what the plain path computes anew for every token."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -85,7 +87,7 @@ def test_with_rotary_positions_every_layer_sees_the_last_block(config, length, m
     ids = torch.cat((ids, generate(model, ids, LONG, temperature=0)), dim=1)
     ids = ids[:, max(0, length - SIZE) :]  # what the cache never saw
 
-    def banded(q, k, v):
+    def banded(q, k, v, seen=None):
         T, n_shared = q.shape[1], q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))
@@ -116,6 +118,26 @@ def test_it_computes_each_token_once(config, most):
     assert LONG <= sum(seen) <= most
 
 
+@pytest.mark.parametrize("capture", [None, lambda step: step])
+def test_the_cache_goes_with_its_text(monkeypatch, capture):
+    """At once, without Python's collector: the next batch of texts wants its memory."""
+    model, made = lively(MODERN), []
+    new_cache = model.new_cache
+
+    def noted(*args):
+        cache = new_cache(*args)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(model, "new_cache", noted)
+    gc.disable()
+    try:
+        generate(model, torch.zeros(1, 1, dtype=torch.long), 5, capture=capture)
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_the_bigram_needs_none():
     model, idx = Bigram(SMALL), torch.randint(65, (3, 10))
     assert torch.equal(model.next_logits(idx), model(idx)[0][:, -1])
@@ -131,7 +153,7 @@ def test_it_keeps_what_autocast_computes_in(dtype):
             logits = model.next_logits(idx[:, :t], cache)
             new = logits.argmax(-1, keepdim=True)
             idx = torch.cat((idx, new), dim=1)
-    assert cache.layers[0].keys.dtype == dtype
+    assert cache.keys[0].dtype == dtype
 
 
 @pytest.mark.parametrize("config", [SMALL, MODERN])

@@ -444,8 +444,10 @@ def test_another_batch_or_device_chooses_the_micro_batch_anew(train, resume, mon
     assert resume("--batch_size=9", "--max_iters=15") == 0
     _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
     assert meta["run_config"]["micro_batch_size"] == 9
-    moved = script.adopt({"init_from": "resume", "device": "cuda"}, meta, Path("run"))
+    meta["run_config"]["cuda_graphs"] = True
+    moved = script.adopt({"init_from": "resume", "device": "cuda:1"}, meta, Path("run"))
     assert moved["micro_batch_size"] == 0 and moved["compile"] == "auto"
+    assert not moved["cuda_graphs"]
 
 
 def test_a_resume_takes_the_threads_of_its_run_and_nothing_else_does(train, resume, monkeypatch):

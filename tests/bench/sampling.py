@@ -11,12 +11,14 @@ For shapes with random weights, which speak no faster or slower than trained one
 - the time of a token just before the window is full, over that of the 10th to 20th.
 
 The plain path computes in float32; the cache in float32 too, and in what sample.py takes for the
-shape where that is another dtype.
+shape where that is another dtype; on CUDA that once more with --cuda_graphs.
 """
 
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from graphs import Captured  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from sample import SampleConfig, find_device, make_fast  # noqa: E402
 
@@ -38,12 +41,15 @@ SHAPES = {
 N, BATCHES = 500, (1, 10, 100)
 
 
-def seconds(model: GPT, B: int, n: int, plain: bool = False) -> list[float]:
+def seconds(
+    model: GPT, B: int, n: int, plain: bool = False, capture: Callable | None = None
+) -> list[float]:
     """Seconds of each of n tokens of B samples."""
     device = next(model.parameters()).device
     idx, uniforms = torch.zeros(1, 1, dtype=torch.long, device=device), torch.rand(B, n)
+    options = {"temperature": 0.8, "top_k": 200, "plain": plain, "capture": capture}
     marks = [time.perf_counter()]
-    for _ in model.generate(idx, uniforms, temperature=0.8, top_k=200, plain=plain):
+    for _ in model.generate(idx, uniforms, **options):
         if device.type != "cpu":
             torch.accelerator.synchronize()
         marks.append(time.perf_counter())
@@ -75,22 +81,27 @@ def main() -> None:
         model = GPT(SHAPES[name]).to(device).eval()
         n_weights = sum(p.numel() for p in model.h.parameters()) + model.lm_head.weight.numel()
         plain = N / sum(seconds(model, 1, N, plain=True))
-        for asked in ("float32", "auto"):
+        ways = [("float32", None), ("auto", None)]
+        if device.type == "cuda":
+            ways.append(("auto", partial(Captured, device=device)))
+        for asked, capture in ways:
             make_fast(model, SampleConfig(dtype=asked))
             dtype = model.wte.weight.dtype
             if asked == "auto" and dtype == torch.float32:
                 continue
-            seconds(model, 10, 20)
+            seconds(model, 10, 20, capture=capture)
             rates, grows = {}, {}
             for B in BATCHES:
-                trials = [seconds(model, B, N) for _ in range(3 if B < 100 else 1)]
+                repeats = 3 if B < 100 else 1
+                trials = [seconds(model, B, N, capture=capture) for _ in range(repeats)]
                 rates[B] = B * N / statistics.median(sum(trial) for trial in trials)
                 each = [statistics.median(parts) for parts in zip(*trials, strict=True)]
                 full = min(N, model.config.block_size)
                 grows[B] = statistics.median(each[full - 10 : full]) / statistics.median(each[9:19])
             share = rates[1] * n_weights * dtype.itemsize / bandwidth
+            way = f"{name}, {str(dtype)[6:]}" + (", graph" if capture else "")
             print(
-                f"{f'{name}, {str(dtype)[6:]}':24}{plain:7,.0f}"
+                f"{way:24}{plain:7,.0f}"
                 f"{rates[10]:11,.0f}{rates[10] / plain:7.1f}"
                 + "".join(f"{rates[B]:9,.0f}" for B in BATCHES)
                 + f"{share:12.0%}{grows[1]:17.2f}{grows[10]:6.2f}",
