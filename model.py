@@ -87,17 +87,22 @@ class CausalSelfAttention(nn.Module):
         cache: "Cache | None" = None,
         layer: int = 0,
     ) -> Tensor:
-        (B, T, C), seen = x.shape, None
+        B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, C // self.n_head)
-        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
+        qk, v = qkv.split_with_sizes((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
         if self.qk_norm:
             qk = F.layer_norm(qk, qk.shape[-1:])
         if turns is not None:
             qk = rotate(qk, turns)
-        q, k = qk.split((self.n_head, self.n_kv_head), dim=2)  # (B, T, n_head, head_dim)
+        # (B, T, n_head, head_dim), (B, T, n_kv_head, head_dim)
+        q, k = qk.split_with_sizes((self.n_head, self.n_kv_head), dim=2)
         if cache is not None:
-            k, v, seen = cache.add(layer, k, v)
-        return self.c_proj(attend(q, k, v, seen).reshape(B, T, C))
+            cache.add(layer, k, v)
+        if cache is None or cache.length == 0:
+            y = attend(q, k, v)
+        else:
+            y = attend_to(q, *cache.of(layer))
+        return self.c_proj(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -210,27 +215,28 @@ class Cache:
         self.position, self.seen = position, None  # int64 (1,), bool (1, size)
         self.keys, self.values, self.inputs = ([None] * config.n_layer for _ in range(3))
 
-    def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep k and v (B or 1, T, n_kv_head, head_dim); return all there are, and `seen`."""
-        start, size, T = self.length, self.size, k.shape[1]
+    def add(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep k and v (B or 1, T, n_kv_head, head_dim); T is 1 unless they are the first."""
+        T = k.shape[1]
         if self.keys[layer] is None:  # in the dtype computed in, whatever that of the weights
-            shape = (self.B, k.shape[2], size, k.shape[3])
+            shape = (self.B, k.shape[2], self.size, k.shape[3])
             self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        assert T == 1 or self.length == 0
+        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if self.length == 0:
+                kept[:, :, :T] = new.transpose(1, 2)
+            elif self.position is None:
+                kept.select(2, self.length % self.size).copy_(new.select(1, 0))
+            else:
+                kept.index_copy_(2, self.position % self.size, new.transpose(1, 2))
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (B, n_kv_head, n, head_dim) that a further token sees, and `seen`."""
         keys, values = self.keys[layer], self.values[layer]
-        if start == 0:
-            keys[:, :, :T], values[:, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
-            return k, v, None
-        assert T == 1
-        if self.position is not None:
-            place = self.position % size
-            keys.index_copy_(2, place, k.transpose(1, 2))
-            values.index_copy_(2, place, v.transpose(1, 2))
-            return keys.transpose(1, 2), values.transpose(1, 2), self.seen
-        there = []
-        for kept, new in ((keys, k), (values, v)):
-            kept.select(2, start % size).copy_(new.select(1, 0))
-            there.append(kept.narrow(2, 0, min(start + 1, size)).transpose(1, 2))
-        return *there, None
+        if self.position is None:
+            n = min(self.length + 1, self.size)
+            keys, values = keys.narrow(2, 0, n), values.narrow(2, 0, n)
+        return keys, values, self.seen
 
     def after_inputs(self, layer: int, x: Tensor, n: int) -> Tensor:
         """x (B or 1, T, C) after the n inputs before it, zeros where there are none."""
@@ -528,32 +534,48 @@ def assemble(kind: str, config: GPTConfig, weights: dict[str, Tensor]) -> Langua
     return model
 
 
-class PackedLinear(nn.Module):
-    """A linear layer in bfloat16 whose weights lie as oneDNN's products on a CPU read them."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
 def pack(model: nn.Module) -> None:
-    """Lay the weights of linear layers out as products of a few rows on a CPU read them fastest.
+    """Make a model good for inference on a CPU alone: plain functions in the place of its modules.
 
-    The model is then good for inference alone. In float32 they keep their shape and are stored the
-    other way round.
+    Beside products of a few rows the calls of modules take their time too. Embeddings stay.
     """
-    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, child in list(model.named_children()):
-        if not isinstance(child, nn.Linear):
-            pack(child)
-        elif child.weight.dtype == torch.bfloat16 and onednn:
-            setattr(model, name, PackedLinear(child))
+        if isinstance(child, nn.Embedding):
+            continue
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                pack(block)
+            function = [block.forward for block in child]
+        elif isinstance(child, nn.Linear):
+            function = packed_linear(child.weight.detach(), child.bias)
+        elif isinstance(child, nn.LayerNorm):
+            function = packed_norm(child)
+        elif isinstance(child, Dropout):
+            function = nothing_dropped
         else:
-            child.weight = nn.Parameter(child.weight.t().contiguous().t())
+            pack(child)
+            function = child.forward
+        delattr(model, name)
+        setattr(model, name, function)
+
+
+def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A linear layer whose weights lie as products of a few rows on a CPU read them fastest."""
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype == torch.bfloat16 and onednn:
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
+    turned = weight.t().contiguous()
+    return lambda x: x @ turned if bias is None else (x @ turned).add_(bias)
+
+
+def packed_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    shape, weight, bias = norm.normalized_shape, norm.weight, norm.bias
+    return lambda x: torch.layer_norm(x, shape, weight, bias)
+
+
+def nothing_dropped(x: Tensor) -> Tensor:
+    return x
 
 
 def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:
@@ -613,24 +635,28 @@ def rotate(x: Tensor, turns: Turns) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention: softmax(q k^T / sqrt(head_dim)) v, shaped as q (B, T, n_head, head_dim).
 
     Each of k and v (B, T, n_kv_head, head_dim) serves n_head / n_kv_head queries (Ainslie et al.
-    2023, "GQA"). The queries of a single token, T = 1, see all of k and v, however many, or those
-    that `seen`, bool (1, n), marks. Without dropout on the weights, which would take SDPA off its
-    fused path (README).
+    2023, "GQA"). Without dropout on the weights, which would take SDPA off its fused path (README).
     """
-    if q.shape[1] == 1:  # those that share a key and value are these queries' T
-        k, v = (x.transpose(1, 2) for x in (k, v))  # (B, n_kv_head, n, head_dim)
-        q_shared = q.view(len(q), k.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(q_shared, k, v, attn_mask=seen).reshape(q.shape)
     if (queries := q.shape[2] // k.shape[2]) > 1:
         k, v = (x.repeat_interleave(queries, dim=2) for x in (k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= LONGEST_WRITTEN_OUT:
         return written_out(q, k, v)  # which is faster there (README)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, n_head, T, head_dim)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def attend_to(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention of a single token's queries q (B, 1, n_head, head_dim), heads as in attend().
+
+    They see all of keys and values (B, n_kv_head, n, head_dim), or those that `seen`, bool (1, n),
+    marks. Returns (B, n_kv_head, n_head / n_kv_head, head_dim), the order of the heads in q.
+    """
+    q = q.view(len(q), keys.shape[1], -1, q.shape[3])  # that share a key and value
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
 
 
 LONGEST_WRITTEN_OUT = 512  # tokens
@@ -726,7 +752,7 @@ def token_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 def draw(probs: Tensor, u: Tensor) -> Tensor:
     """Ids (B,) where the cumulative distribution of probs (B, V) passes u (B,), u in [0, 1)."""
     exact = torch.float32 if probs.device.type == "mps" else torch.float64  # all that it has
-    cumulative = probs.to(exact).cumsum(-1)
+    cumulative = probs.cumsum(-1, dtype=exact)
     passed = u[:, None].to(exact) * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
     return ids.where(ids < probs.shape[-1], probs.argmax(-1))  # u so near 1 that it rounded up

@@ -14,6 +14,7 @@ The plain path computes in float32; the cache in float32 too, and in what sample
 shape where that is another dtype; on CUDA that once more with --cuda_graphs.
 """
 
+import copy
 import statistics
 import sys
 import time
@@ -78,13 +79,14 @@ def main() -> None:
     print("".join(f"{f'x {B}':>9}" for B in BATCHES) + "   bandwidth  last/10th: x 1, x 10")
     for name in names:
         torch.manual_seed(0)
-        model = GPT(SHAPES[name]).to(device).eval()
-        n_weights = sum(p.numel() for p in model.h.parameters()) + model.lm_head.weight.numel()
-        plain = N / sum(seconds(model, 1, N, plain=True))
+        made = GPT(SHAPES[name]).to(device).eval()
+        n_weights = sum(p.numel() for p in made.h.parameters()) + made.lm_head.weight.numel()
+        plain = N / sum(seconds(made, 1, N, plain=True))
         ways = [("float32", None), ("auto", None)]
         if device.type == "cuda":
             ways.append(("auto", partial(Captured, device=device)))
         for asked, capture in ways:
+            model = copy.deepcopy(made)
             make_fast(model, SampleConfig(dtype=asked))
             dtype = model.wte.weight.dtype
             if asked == "auto" and dtype == torch.float32:
