@@ -1,26 +1,29 @@
-"""A GPU's step, captured once and launched whole: a CUDA graph.
+"""What a GPU repeats, captured once and launched whole: CUDA graphs.
 
-The host launches a step's kernels one by one. Where they are short, because the model is small or
-the tokens are few, the GPU waits for it. A graph holds all of them, and takes one launch.
+The host launches a function's kernels one by one. Where they are short, because the model is small
+or the tokens are few, the GPU waits for it. A graph holds all of them, and takes one launch.
 """
 
+import gc
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
 class Captured:
-    """`step`, a function of tensors and numbers that returns a tensor, on a CUDA device.
+    """`function`, of tensors and numbers to a tensor, on a CUDA device.
 
     The first call runs it as it is, which makes ready what it needs; the second captures it; from
     then on its kernels are repeated on the same memory, and no line of Python in it runs again. So
-    the inputs must keep their shapes (a number is given to the step as a tensor), and whatever else
-    changes from call to call must be a tensor that is changed in place.
+    the inputs must keep their shapes (a number is given to the function as a tensor), and whatever
+    else changes from call to call must be a tensor that is changed in place.
     """
 
-    def __init__(self, step: Callable[..., Tensor], device: torch.device):
-        self._step, self._device = step, device
+    def __init__(self, function: Callable[..., Tensor], device: str | torch.device):
+        self._function, self._device = function, device
         self._inputs = self._graph = self._output = None
 
     def __call__(self, *inputs: Tensor | float) -> Tensor:
@@ -31,17 +34,26 @@ class Captured:
             for kept, new in zip(self._inputs, inputs, strict=True):
                 kept.copy_(new) if isinstance(new, Tensor) else kept.fill_(new)
             if self._graph is None:
+                gc.collect()  # an older graph that were freed meanwhile would end the capture
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
-                    self._output = self._step(*self._inputs)
+                with torch.cuda.graph(self._graph, stream=side_stream(self._device)):
+                    self._output = self._function(*self._inputs)
             self._graph.replay()
             return self._output.clone()
 
     def _first(self) -> Tensor:
-        """The step itself, on a stream beside the usual one, as a capture will have it."""
-        usual, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        """The function itself, on the stream that will capture it."""
+        usual, beside = torch.cuda.current_stream(), side_stream(self._device)
         beside.wait_stream(usual)
-        with torch.cuda.stream(beside):
-            output = self._step(*self._inputs)
+        with torch.cuda.stream(beside), warnings.catch_warnings():
+            # of an optimizer that is made to be captured, and for once is not
+            warnings.filterwarnings("ignore", ".*capturable=True.*")
+            output = self._function(*self._inputs)
         usual.wait_stream(beside)
         return output
+
+
+@cache
+def side_stream(device: str | torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: each stream keeps megabytes of cuBLAS's."""
+    return torch.cuda.Stream(device)

@@ -205,14 +205,15 @@ class Cache:
     next_logits() alone advances it. Texts may begin with one prompt, as a batch of 1. With learned
     positions there is no place beyond block_size, and next_logits() begins anew, at 0.
 
-    What is to be captured must have the same shapes at every token and read where it stands from a
-    tensor, `position`: it attends to all `size` places, of which the mask `seen` leaves out those
-    not yet filled.
+    What is to be captured must have the same shapes at every token, and read where it stands from a
+    tensor: `position`, which next_logits() sets to `length`. Of it forward() makes the `place` that
+    a token takes, and `seen`: attention goes to all `size` places, and this mask leaves out those
+    that are not yet filled.
     """
 
     def __init__(self, config: GPTConfig, B: int, size: int, position: Tensor | None = None):
         self.B, self.size, self.length = B, size, 0
-        self.position, self.seen = position, None  # int64 (1,), bool (1, size)
+        self.position, self.place, self.seen = position, None, None  # (1,), (1,), bool (1, size)
         self.keys, self.values, self.inputs = ([None] * config.n_layer for _ in range(3))
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -228,7 +229,7 @@ class Cache:
             elif self.position is None:
                 kept.select(2, self.length % self.size).copy_(new.select(1, 0))
             else:
-                kept.index_copy_(2, self.position % self.size, new.transpose(1, 2))
+                kept.index_copy_(2, self.place, new.transpose(1, 2))
 
     def of(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (B, n_kv_head, n, head_dim) that a further token sees, and `seen`."""
@@ -287,18 +288,18 @@ class LanguageModel(nn.Module):
         something of what it saw before; with learned positions the older half of the text is
         forgotten each time that it is full.
 
-        `capture`, such as graphs.Captured, makes of the function that computes the logits of one
-        further token another that does the same, launched at once.
+        `capture`, such as graphs.Captured, makes of the function that computes logits after one
+        further token another that does the same in one launch.
         """
         B, N = uniforms.shape
-        cache, step = None, None
+        cache, forward_one = None, None
         if not plain:
             position = torch.zeros(1, dtype=torch.long, device=idx.device) if capture else None
             cache = self.new_cache(B, idx.shape[1] + N, position)
         if cache and capture:
-            step = capture(lambda idx: self.forward(idx, cache=cache)[0])
+            forward_one = capture(lambda idx: self.forward(idx, cache=cache)[0])
         for u in uniforms.to(idx.device).unbind(1):
-            logits = self.next_logits(idx, cache, step)[:, :n_ids].expand(B, -1)
+            logits = self.next_logits(idx, cache, forward_one)[:, :n_ids].expand(B, -1)
             new = choose(logits, u, temperature, top_k, top_p)  # (B,)
             yield new
             idx = torch.cat((idx[:, -self.config.block_size :].expand(B, -1), new[:, None]), dim=1)
@@ -312,11 +313,11 @@ class LanguageModel(nn.Module):
         return 8 * self.config.vocab_size
 
     def next_logits(
-        self, idx: Tensor, cache: Cache | None = None, step: Callable | None = None
+        self, idx: Tensor, cache: Cache | None = None, forward_one: Callable | None = None
     ) -> Tensor:
         """Logits (B, V) of what follows idx (B, T), of which the cache saw all but the last.
 
-        `step`, where there is one, takes a single token (B, 1) in the place of forward().
+        `forward_one`, where there is one, takes forward()'s place for a single token (B, 1).
         """
         # forward itself: a compiled model would be compiled anew for each length
         logits, _ = self.forward(idx[:, -self.config.block_size :])
@@ -375,6 +376,7 @@ class GPT(LanguageModel):
         end = start + idx.shape[1]
         position = cache.position if start else None  # where shapes must stay the same
         if position is not None:
+            cache.place = position % cache.size
             cache.seen = torch.arange(cache.size, device=idx.device)[None] <= position
         x, turns = self.wte(idx), None  # (B, T, C)
         if c.rotary:
@@ -402,16 +404,16 @@ class GPT(LanguageModel):
         return min(n_tokens, c.block_size) * width + super().numbers_to_generate(n_tokens)
 
     def next_logits(
-        self, idx: Tensor, cache: Cache | None = None, step: Callable | None = None
+        self, idx: Tensor, cache: Cache | None = None, forward_one: Callable | None = None
     ) -> Tensor:
         if cache is None:
             return super().next_logits(idx)
         if cache.length == cache.size and not self.config.rotary:
             cache.length, idx = 0, idx[:, -max(1, cache.size // 2) :]
         idx = idx[:, -1:] if cache.length else idx[:, -cache.size :]
-        if step and cache.length:
+        if forward_one and cache.length:
             cache.position.fill_(cache.length)
-            logits = step(idx)
+            logits = forward_one(idx)
         else:
             logits, _ = self.forward(idx, cache=cache)
         cache.length += idx.shape[1]
@@ -492,7 +494,7 @@ class Bigram(LanguageModel):
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def next_logits(
-        self, idx: Tensor, cache: Cache | None = None, step: Callable | None = None
+        self, idx: Tensor, cache: Cache | None = None, forward_one: Callable | None = None
     ) -> Tensor:
         return self.wte(idx[:, -1])
 
@@ -537,7 +539,8 @@ def assemble(kind: str, config: GPTConfig, weights: dict[str, Tensor]) -> Langua
 def pack(model: nn.Module) -> None:
     """Make a model good for inference on a CPU alone: plain functions in the place of its modules.
 
-    Beside products of a few rows the calls of modules take their time too. Embeddings stay.
+    Beside products of a few rows the calls of modules take their time too. Of its parameters those
+    of the embeddings alone remain in sight.
     """
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Embedding):

@@ -226,8 +226,8 @@ class Run:
     progress: Progress
     clock: Clock
     stop: "StopSignals"
-    gradient: Callable[..., Tensor] | None = None  # add_gradient(), captured where it is asked for
-    step: Callable[..., Tensor] | None = None  # take_step(), likewise
+    add_gradient: Callable[..., Tensor] | None = None  # as below, or captured in a CUDA graph
+    take_step: Callable[..., Tensor] | None = None
 
 
 class Diverged(Exception):
@@ -496,9 +496,10 @@ def make_run(
         clock=Clock(progress, cfg.device),
         stop=StopSignals(),
     )
-    run.gradient, run.step = partial(add_gradient, run), partial(take_step, run)
+    run.add_gradient, run.take_step = partial(add_gradient, run), partial(take_step, run)
     if cfg.cuda_graphs:
-        run.gradient, run.step = (Captured(f, cfg.device) for f in (run.gradient, run.step))
+        run.add_gradient = Captured(run.add_gradient, cfg.device)
+        run.take_step = Captured(run.take_step, cfg.device)
     if resuming:
         checkpoint.restore(optimizer_tensors(run), tensors, "optimizer.", path)
         try:
@@ -621,9 +622,10 @@ def autocast(run: Run) -> torch.autocast:
 
 
 def forward_backward(run: Run, n: int, count: int) -> Tensor:
-    """Add the gradient of the mean loss over windows n to n + count to .grad.
+    """Add to .grad what windows n to n + count make of the gradient of an update's mean loss.
 
-    `count` is a multiple of micro_batch_size. Returns that loss in nats per token, on the device.
+    `count` is a multiple of micro_batch_size. Returns what they make of that loss, in nats per
+    token, on the device.
     """
     cfg, train = run.cfg, run.dataset.train
     loss = torch.zeros((), device=cfg.device)
@@ -634,12 +636,12 @@ def forward_backward(run: Run, n: int, count: int) -> Tensor:
         # dropout follows from the place in the run alone: a resume has nothing to restore
         place = np.random.SeedSequence((cfg.seed, run.progress.iter_num, micro_step))
         torch.manual_seed(int(place.generate_state(1)[0]))
-        loss += run.gradient(idx, targets)
+        loss += run.add_gradient(idx, targets)
     return loss
 
 
 def add_gradient(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
-    """Add the gradient of a micro batch's share of the loss to .grad; return that share."""
+    """The part of forward_backward() that one micro batch is; idx and targets (B, T)."""
     with autocast(run):
         _, loss = run.model(idx, targets)
     loss = loss / (run.cfg.batch_size // run.cfg.micro_batch_size)
@@ -654,7 +656,7 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     lr_share = get_lr(progress.iter_num, cfg) / cfg.learning_rate
-    norm = run.step(loss, progress.iter_num, lr_share)
+    norm = run.take_step(loss, progress.iter_num, lr_share)
     run.scaler.update()
     progress.iter_num += 1
     progress.n += cfg.batch_size
@@ -813,7 +815,7 @@ def describe(run: Run) -> None:
     cuda = cfg.device.startswith("cuda")
     threads = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(cfg.device) if cuda else threads
-    how = "compiled" if cfg.compile else "eager"
+    how = ("compiled" if cfg.compile else "eager") + (", CUDA graphs" if cfg.cuda_graphs else "")
     print(f"machine: {cfg.device} ({name}), {cfg.dtype}, {how}")
     print(
         f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids, "
@@ -852,17 +854,18 @@ def plan(run: Run) -> None:
 def warm_up(run: Run) -> float:
     """Seconds that an update will take, tried without touching the weights; compiles on the way."""
     cfg, micro_batches, updates = run.cfg, [], []
+    run.diverged[0] = 1  # so that a step works, and changes nothing
     try:
-        forward_backward(run, 0, cfg.micro_batch_size)  # compiles, fills caches: not timed
+        for _ in range(2 if cfg.cuda_graphs else 1):  # compiles, captures, fills caches: not timed
+            run.take_step(forward_backward(run, 0, cfg.micro_batch_size), 0, 1.0)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        if not cfg.compile:
+        asked = [f"--{name}=False" for name in ("compile", "cuda_graphs") if getattr(cfg, name)]
+        if not asked:
             raise
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"torch.compile failed ({reason}); --compile=False trains without"
-        ) from None
+        raise UserError(f"an update failed ({reason}); {' '.join(asked)} may help") from None
     while not updates or (len(updates) < WARM_UPS and sum(updates) < WARM_UP_SECONDS):
         trial = Progress()
         clock = Clock(trial, cfg.device)
@@ -870,9 +873,8 @@ def warm_up(run: Run) -> float:
         loss = forward_backward(run, 0, cfg.micro_batch_size)
         clock.stop()
         micro_batches.append(trial.train_seconds)
-        run.diverged[0] = 1  # so that a step works, and changes nothing
         clock.start()
-        run.step(loss, 0, 1.0)
+        run.take_step(loss, 0, 1.0)
         clock.stop()
         updates.append(trial.train_seconds)
     run.diverged.zero_()

@@ -43,12 +43,25 @@ def test_half_precision_and_compiling_come_close(train, dtype, compile):
 
 
 @pytest.mark.parametrize("compile", ["False", "True"])
-@pytest.mark.parametrize("parts", [(), MODERN, ("--micro_batch_size=2", "--dropout=0.1")])
+@pytest.mark.parametrize(
+    "parts", [(), MODERN, ("--micro_batch_size=2", "--dropout=0.1"), ("--dtype=float16",)]
+)
 def test_graphs_train_the_same(train, parts, compile):
-    words = (*PLAIN, *parts, f"--device={DEVICE}", "--dtype=bfloat16", f"--compile={compile}")
+    words = (*PLAIN, f"--device={DEVICE}", "--dtype=bfloat16", *parts, f"--compile={compile}")
     assert train(*words, "--out_dir=steps") == 0
     assert train(*words, "--cuda_graphs", "--out_dir=graphs") == 0
     assert val_loss("graphs") == pytest.approx(val_loss("steps"), abs=5e-3)
+
+
+def test_a_graph_draws_by_the_seed_of_its_call():
+    captured, x = Captured(lambda x: F.dropout(x, 0.5), DEVICE), torch.ones(1000, device=DEVICE)
+    drawn = []
+    for seed in (1, 2, 3, 4, 3):
+        torch.manual_seed(seed)
+        drawn.append(captured(x))
+        torch.manual_seed(seed)
+        assert torch.equal(drawn[-1], F.dropout(x, 0.5))
+    assert not torch.equal(drawn[2], drawn[3]) and torch.equal(drawn[2], drawn[4])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -59,8 +72,10 @@ def test_micro_batches_train_the_same(train, dtype):
     assert val_loss("parts") == pytest.approx(val_loss("whole"), abs=5e-3)
 
 
-def test_deterministic_runs_and_resumes_end_in_the_same_bits(train, resume):
+@pytest.mark.parametrize("graphs", ["False", "True"])
+def test_deterministic_runs_and_resumes_end_in_the_same_bits(train, resume, graphs):
     words = (f"--device={DEVICE}", "--dtype=bfloat16", "--deterministic", *MODERN)
+    words += (f"--cuda_graphs={graphs}",)
     assert train(*words, "--out_dir=one") == 0
     assert train(*words, "--max_iters=10", "--lr_decay_iters=20") == 0
     assert resume("--max_iters=20") == 0

@@ -66,7 +66,7 @@ class Recording(TorchDispatchMode):
 
 
 @contextmanager
-def record(graph):
+def record(graph, stream):
     with graph:
         yield
     graph.undo()
@@ -86,10 +86,10 @@ def gpu(monkeypatch):
         device=lambda device: nullcontext(),
         stream=lambda stream: nullcontext(),
         current_stream=lambda: stream,
-        Stream=lambda: stream,
         CUDAGraph=new_graph,
         graph=record,
     )
+    monkeypatch.setattr(graphs, "side_stream", lambda device: stream)
     monkeypatch.setattr(graphs, "torch", SimpleNamespace(as_tensor=torch.as_tensor, cuda=cuda))
     return made
 
