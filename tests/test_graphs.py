@@ -197,6 +197,18 @@ def test_divergence_is_noticed_where_it_was(train, train_captured, capsys):
     assert errors[1].split(":")[1] == errors[0].split(":")[1]
 
 
+def test_what_cannot_be_captured_is_said(train, train_captured, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("operation not permitted\nand much more")
+
+    monkeypatch.setattr(script, "add_gradient", fail)
+    assert train_captured() == 2
+    said = "error: an update failed (operation not permitted); --cuda_graphs=False may help\n"
+    assert capsys.readouterr().err.endswith(said)
+    with pytest.raises(RuntimeError, match="much more"):
+        train()
+
+
 def test_a_cpu_has_none(train, capsys):
     assert train("--cuda_graphs") == 2
     assert "cuda_graphs needs CUDA; on cpu leave it out" in capsys.readouterr().err

@@ -470,17 +470,6 @@ def test_a_resume_takes_the_threads_of_its_run_and_nothing_else_does(train, resu
         torch.set_num_threads(threads)
 
 
-def test_what_cannot_be_compiled_is_said(train, monkeypatch, capsys):
-    def fail(*args):
-        raise RuntimeError("no C++ compiler\nand much more")
-
-    monkeypatch.setattr(script, "add_gradient", fail)
-    assert train("--compile=True") == 2
-    assert "failed (no C++ compiler); --compile=False may help" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="much more"):
-        train()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only there is memory kept")
 def test_memory_that_is_kept_does_not_grow():
     """Something small that stays, in the place of something large, must not cost its size again."""
