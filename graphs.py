@@ -34,7 +34,7 @@ class Captured:
             for kept, new in zip(self._inputs, inputs, strict=True):
                 kept.copy_(new) if isinstance(new, Tensor) else kept.fill_(new)
             if self._graph is None:
-                gc.collect()  # an older graph that were freed meanwhile would end the capture
+                gc.collect()  # a dead graph that Python freed during the capture would break it
                 self._graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self._graph, stream=side_stream(self._device)):
                     self._output = self._function(*self._inputs)
