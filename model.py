@@ -211,9 +211,9 @@ class Cache:
     that are not yet filled.
     """
 
-    def __init__(self, config: GPTConfig, B: int, size: int, position: Tensor | None = None):
+    def __init__(self, config: GPTConfig, B: int, size: int):
         self.B, self.size, self.length = B, size, 0
-        self.position, self.place, self.seen = position, None, None  # (1,), (1,), bool (1, size)
+        self.position = self.place = self.seen = None  # (1,), (1,), bool (1, size)
         self.keys, self.values, self.inputs = ([None] * config.n_layer for _ in range(3))
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -292,11 +292,9 @@ class LanguageModel(nn.Module):
         further token another that does the same in one launch.
         """
         B, N = uniforms.shape
-        cache, forward_one = None, None
-        if not plain:
-            position = torch.zeros(1, dtype=torch.long, device=idx.device) if capture else None
-            cache = self.new_cache(B, idx.shape[1] + N, position)
+        cache, forward_one = None if plain else self.new_cache(B, idx.shape[1] + N), None
         if cache and capture:
+            cache.position = torch.zeros(1, dtype=torch.long, device=idx.device)
             forward_one = capture(lambda idx: self.forward(idx, cache=cache)[0])
         for u in uniforms.to(idx.device).unbind(1):
             logits = self.next_logits(idx, cache, forward_one)[:, :n_ids].expand(B, -1)
@@ -304,7 +302,7 @@ class LanguageModel(nn.Module):
             yield new
             idx = torch.cat((idx[:, -self.config.block_size :].expand(B, -1), new[:, None]), dim=1)
 
-    def new_cache(self, B: int, n_tokens: int, position: Tensor | None = None) -> Cache | None:
+    def new_cache(self, B: int, n_tokens: int) -> Cache | None:
         """A cache for B texts of at most n_tokens; None where a model needs none."""
         return None
 
@@ -394,8 +392,8 @@ class GPT(LanguageModel):
             return self.lm_head(x), None
         return None, token_loss(x, self.lm_head.weight, targets)
 
-    def new_cache(self, B: int, n_tokens: int, position: Tensor | None = None) -> Cache:
-        return Cache(self.config, B, min(n_tokens, self.config.block_size), position)
+    def new_cache(self, B: int, n_tokens: int) -> Cache:
+        return Cache(self.config, B, min(n_tokens, self.config.block_size))
 
     def numbers_to_generate(self, n_tokens: int) -> int:
         c = self.config
@@ -553,8 +551,6 @@ def pack(model: nn.Module) -> None:
             function = packed_linear(child.weight.detach(), child.bias)
         elif isinstance(child, nn.LayerNorm):
             function = packed_norm(child)
-        elif isinstance(child, Dropout):
-            function = nothing_dropped
         else:
             pack(child)
             function = child.forward
@@ -575,10 +571,6 @@ def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Ten
 def packed_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     shape, weight, bias = norm.normalized_shape, norm.weight, norm.bias
     return lambda x: torch.layer_norm(x, shape, weight, bias)
-
-
-def nothing_dropped(x: Tensor) -> Tensor:
-    return x
 
 
 def fit(tensors: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]:

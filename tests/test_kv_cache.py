@@ -87,7 +87,7 @@ def test_with_rotary_positions_every_layer_sees_the_last_block(config, length, m
     ids = torch.cat((ids, generate(model, ids, LONG, temperature=0)), dim=1)
     ids = ids[:, max(0, length - SIZE) :]  # what the cache never saw
 
-    def banded(q, k, v, seen=None):
+    def banded(q, k, v):
         T, n_shared = q.shape[1], q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))
