@@ -1,50 +1,50 @@
-"""In from nanoGPT, out to transformers.
+"""Models in from nanoGPT, and out to transformers.
 
     python convert.py out/mine hf/mine              for transformers' from_pretrained("hf/mine")
-    python convert.py ckpt.pt out/imported          a nanoGPT checkpoint, with GPT-2's tokenizer
+    python convert.py ckpt.pt out/imported          a nanoGPT checkpoint with GPT-2's tokenizer
     python convert.py ckpt.pt out/imported --dataset=shakespeare_char       or a data set's
 
-What ends in .pt is nanoGPT's and becomes a checkpoint. Everything else that sample.py takes (a run,
-a checkpoint, a folder of transformers', gpt2) becomes a folder that transformers loads, with the
-tokenizer where that has such a kind (gpt2, bpe), if it has no parts but GPT-2's.
+A source that ends in .pt is nanoGPT's and becomes a run's folder, to sample from or to finetune.
+Anything else that sample.py takes becomes a folder that transformers loads, if the model has no
+parts but GPT-2's. Its tokenizer goes along if transformers has that kind (gpt2, bpe).
 """
 
 import json
 import shutil
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-import checkpoint
-import config
-from config import UserError
 from data import tokenizer
-from model import GPT, GPTConfig, config_to_gpt2, outline, weights_to_gpt2
-from sample import load_model
+from data.errors import UserError
+from folio import checkpoint, gpt2, run_folder
+from folio.checkpoint import Checkpoint
+from folio.options import build_options, read_options
+from folio.process import script
+from model import GPT, GPTConfig
 
 
 @dataclass
 class ConvertConfig:
     source: str = ""  # nanoGPT's ckpt.pt, or what sample.py --checkpoint takes
     target: str = ""  # the folder to make
-    dataset: str = ""  # for nanoGPT's: whose tokenizer it has; empty: GPT-2's
-    data_dir: str = "data"  # where data sets lie
-    cache_dir: str = ""  # where gpt2* is kept; empty: Hugging Face's usual cache
+    dataset: str = ""  # for nanoGPT's: the data set with its tokenizer; empty: GPT-2's tokenizer
+    data_dir: str = "data"  # the folder of all data sets
+    cache_dir: str = ""  # where gpt2* is downloaded to; empty: Hugging Face's usual cache
 
 
-@config.script
+@script
 def main(argv: list[str]) -> None:
-    options = config.build(
-        ConvertConfig, config.read(ConvertConfig, argv, bare=("source", "target"))
-    )
+    given, _ = read_options(ConvertConfig, argv, positional=("source", "target"))
+    options = build_options(ConvertConfig, given)
     if not options.source or not options.target:
-        raise UserError("write: python convert.py SOURCE TARGET")
+        raise UserError("usage: python convert.py SOURCE TARGET")
     target = Path(options.target)
     if target.exists():
-        raise UserError(f"{target} is there already; choose another name")
+        raise UserError(f"{target} exists already; use another name")
     if options.source.endswith(".pt"):
         import_nanogpt(Path(options.source), target, options)
     else:
@@ -52,17 +52,18 @@ def main(argv: list[str]) -> None:
 
 
 def export(source: str, target: Path, cache_dir: str) -> None:
-    """Write a model as a folder of transformers', whole or not at all."""
-    model, meta = load_model(source, torch.device("cpu"), cache_dir)
+    """Write a model as a folder for transformers, completely or not at all."""
+    ckpt = run_folder.open_checkpoint(source, cache_dir)
+    model = checkpoint.build_model(ckpt)
     if not isinstance(model, GPT):
-        raise UserError(f"{source} is a {meta['model']} model, which transformers does not have")
-    tok = tokenizer.load(meta["tokenizer"])
+        raise UserError(f"{source} is a {ckpt.meta['model']} model, which transformers lacks")
+    tok = tokenizer.load(ckpt.meta["tokenizer"])
     try:
-        about = config_to_gpt2(model.config)
+        config = gpt2.config_to_gpt2(model.config)
     except ValueError as error:
-        raise UserError(f"{source}: {error}; only what GPT-2 has can be exported") from None
-    about |= dict.fromkeys(("bos_token_id", "eos_token_id"), tok.end_of_text)
-    files = {"config.json": about, tokenizer.EXPORTED: tok.meta()}
+        raise UserError(f"{source}: {error}; only GPT-2's parts can be exported") from None
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tok.end_of_text)
+    files = {"config.json": config, tokenizer.EXPORTED: tok.meta()}
     if isinstance(tok, tokenizer.BytePairTokenizer):
         end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.END_OF_TEXT)
         files["tokenizer_config.json"] = {
@@ -73,16 +74,17 @@ def export(source: str, target: Path, cache_dir: str) -> None:
         }
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         for name, content in files.items():
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
         if isinstance(tok, tokenizer.BytePairTokenizer):
             for name, data in tok.files().items():
                 (partial / name).write_bytes(data)
+        tensors = gpt2.tensors_to_gpt2(model)
         path = partial / "model.safetensors"
-        safetensors.torch.save_file(weights_to_gpt2(model), path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -90,15 +92,13 @@ def export(source: str, target: Path, cache_dir: str) -> None:
 
 
 def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
-    """Make a run's folder, with a best state to sample from or finetune, of nanoGPT's ckpt.pt."""
+    """Make a run's folder of nanoGPT's ckpt.pt."""
     saved = load_nanogpt(path)
     try:
         known = {field.name for field in fields(GPTConfig)}
         sizes = {k: v for k, v in saved["model_args"].items() if k in known}
-        cfg = config.build(GPTConfig, {**sizes, "activation": "gelu"}, str(path))
-        expected = dict(outline("gpt", cfg).named_parameters())
-        prefix = "_orig_mod."  # of a model that was compiled
-        state = {k.removeprefix(prefix): v for k, v in saved["model"].items()}
+        config = build_options(GPTConfig, {**sizes, "activation": "gelu"}, str(path))
+        state = {k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()}  # compiled
         tensors = {
             "model." + name.removeprefix("transformer."): tensor.float()
             for name, tensor in state.items()
@@ -108,57 +108,52 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        kind = type(error).__name__
-        raise UserError(f"{path} is no checkpoint of nanoGPT's ({kind}: {error})") from None
-    checkpoint.match(expected, tensors, "model.", path)
-    meta = {"kind": "gpt2"}
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not a checkpoint of nanoGPT's ({reason})") from None
+    tok_meta = {"kind": "gpt2"}
     if options.dataset:
-        meta = tokenizer.stored_in(Path(options.data_dir) / options.dataset)
-    tok = tokenizer.load(meta)
-    if tok.vocab_size > cfg.vocab_size:
+        tok_meta = tokenizer.stored_in(Path(options.data_dir) / options.dataset)
+    meta = {
+        "run_id": "nanogpt",
+        "model": "gpt",
+        "model_config": asdict(config),
+        "run_config": {},
+        "tokenizer": tok_meta,
+        "dataset": "",
+        "progress": progress,
+        "scaler": {},
+        "threads": torch.get_num_threads(),
+    }
+    checkpoint.check_model(Checkpoint(path, tensors, meta))
+    tok = tokenizer.load(tok_meta)
+    if tok.vocab_size > config.vocab_size:
         raise UserError(
-            f"{path} has {cfg.vocab_size} ids and the {meta['kind']} tokenizer {tok.vocab_size}: "
+            f"{path} has {config.vocab_size} ids and the {tok.kind} tokenizer {tok.vocab_size}: "
             "name the data set that it was trained on, --dataset=NAME"
         )
     target.mkdir(parents=True)
-    checkpoint.save_run(
-        target,
-        tensors,
-        {
-            "run_id": "nanogpt",
-            "model": "gpt",
-            "model_config": {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)},
-            "run_config": {},
-            "tokenizer": tok.meta(),
-            "dataset": "",
-            "progress": progress,
-            "scaler": {},
-            "threads": torch.get_num_threads(),
-        },
-        best=True,
-        snapshot=False,
-        keep=0,
-    )
+    run_folder.save_run(target, tensors, meta, best=True, snapshot=False, keep=0)
     loss = progress["val_loss"]
     n_params = sum(tensor.numel() for tensor in tensors.values())
     print(f"{target}: {n_params:,} parameters, validation loss {loss:.4f} by nanoGPT")
 
 
 def load_nanogpt(path: Path) -> dict:
-    """What torch.save wrote, as plain data and tensors: anything else in it is refused, not run."""
+    """What torch.save wrote, as plain data and tensors. Anything else is refused, and never run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot open {path}: {error.strerror}") from None
-    except Exception:  # what a file that is none makes torch.load raise is not declared
+    except Exception:  # torch does not say what it raises for a file that is something else
         raise UserError(
-            f"{path} is no checkpoint of nanoGPT's: it is damaged, or holds more than tensors and "
-            "plain values, and is not read"
+            f"{path} is not a checkpoint of nanoGPT's: it is damaged, or has more in it than "
+            "tensors and plain values"
         ) from None
     if type(saved) is not dict:
-        raise UserError(f"{path} is no checkpoint of nanoGPT's: it holds a {type(saved).__name__}")
+        kind = type(saved).__name__
+        raise UserError(f"{path} is not a checkpoint of nanoGPT's: it has a {kind}")
     return saved
 
 

@@ -3,18 +3,18 @@
     python prepare.py                       tiny Shakespeare, characters -> data/shakespeare_char
     python prepare.py shakespeare           tiny Shakespeare, GPT-2's tokens
     python prepare.py pydocs                the Python language reference: needs no download
-    python prepare.py shakespeare_char --input input.txt       the same, from a file at hand
+    python prepare.py shakespeare_char --input input.txt       the same, from a local file
     python prepare.py --name mine --input book.txt notes/ 'more/**/*.md' --tokenizer bpe
     python prepare.py --name mine --input https://example.org/a.txt docs.jsonl.gz --field body
     python prepare.py --name code --input pystdlib --tokenizer bpe --vocab_size 4096
-    python prepare.py --name new --input new.txt --tokenizer out/mine     a run's, to finetune it
+    python prepare.py --name new --input new.txt --tokenizer out/mine     as a run has, to finetune
 
     text -> documents -> Tokenizer.encode -> data/<name>/{train.bin, val.bin, meta.json}
 
-A plain file is one document, a line of JSON lines is one. From 100 documents on, those validate
-whose text's hash says so: adding more moves none to the other split. Of fewer, the last tenth of
-each validates. Nothing is left behind by a run that fails, and a data set of the same name is moved
-aside, not overwritten.
+A plain file is one document, and so is a line of JSON lines. With 100 documents or more, a hash of
+each document's text decides whether it is for validation, so that adding documents moves none from
+one split to the other. With fewer, the last tenth of each is. A failure leaves nothing behind, and
+a data set of the same name is moved aside, not overwritten.
 """
 
 import hashlib
@@ -32,36 +32,37 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import config
-from config import UserError
 from data import bins, tokenizer
-from data.documents import PIECE, SHAKESPEARE, Corpus, Document
+from data.documents import PIECE_BYTES, SHAKESPEARE, Corpus, Document
+from data.errors import UserError
 from data.tokenizer import Tokenizer
+from folio.options import build_options, read_options
+from folio.process import script
 
-MANY = 100  # documents, from which on whole ones validate
+MANY_DOCUMENTS = 100  # from here on, whole documents are for validation
 
 
 @dataclass
 class PrepareConfig:
     dataset: str = ""  # a recipe: shakespeare_char (the default), shakespeare or pydocs
-    name: str = ""  # the folder's name in data_dir; the recipe's where there is one
-    data_dir: str = "data"  # where data sets lie
+    name: str = ""  # name of the folder in data_dir; empty: that of the recipe
+    data_dir: str = "data"  # the folder of all data sets
 
     # the text
-    input: tuple[str, ...] = ()  # files, folders, 'globs', URLs, pydocs, pystdlib; .gz too
-    field: str = "text"  # of JSON lines (.jsonl), the one that holds the text
-    val_input: tuple[str, ...] = ()  # validate on these; input is then for training alone
-    val_fraction: Annotated[float, "(0, 1)"] = 0.1  # the share of the text that validates
+    input: tuple[str, ...] = ()  # files, folders, 'globs', URLs, pydocs, pystdlib; also .gz
+    field: str = "text"  # the field of JSON lines (.jsonl) that has the text
+    val_input: tuple[str, ...] = ()  # the same, for validation; input is then for training only
+    val_fraction: Annotated[float, "(0, 1)"] = 0.1  # fraction of the text for validation
 
     # its tokens
     tokenizer: str = ""  # char, byte, gpt2, bpe, or that of a data set, run or checkpoint
-    vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # ids that a bpe tokenizer is to have
-    normalize: Literal["", "NFC", "NFKC"] = ""  # a Unicode form to bring the text into first
-    workers: Annotated[int, "[0, 1024]"] = 0  # threads that encode; 0: one a core
+    vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # number of ids of a bpe tokenizer
+    normalize: Literal["", "NFC", "NFKC"] = ""  # Unicode normalization of the text
+    workers: Annotated[int, "[0, 1024]"] = 0  # encoding threads; 0: one per core
 
 
 class Recipe(NamedTuple):
-    """A data set that is known by name: where its text comes from, and its usual tokenizer."""
+    """A data set that is known by name: its tokenizer, unless another is asked for, and text."""
 
     tokenizer: str
     input: tuple[str, ...]
@@ -74,16 +75,16 @@ RECIPES = {
 }
 
 
-@config.script
+@script
 def main(argv: list[str]) -> None:
-    given = config.read(PrepareConfig, argv, bare=("dataset",))
-    options = config.build(PrepareConfig, given)
+    given, _ = read_options(PrepareConfig, argv, positional=("dataset",))
+    options = build_options(PrepareConfig, given)
     started = time.perf_counter()
-    name, recipe = choose(options)
+    name, recipe = find_recipe(options)
     kind = options.tokenizer or recipe.tokenizer
     check_tokenizer(kind, given)
     if options.val_input and "val_fraction" in given:
-        raise UserError("--val_input is all that validates: leave --val_fraction out")
+        raise UserError("--val_fraction does not go with --val_input, which is all used")
     texts = Texts(options, options.input or recipe.input)
     tok = make_tokenizer(kind, options, texts)
     workers = options.workers or os.cpu_count() or 1
@@ -95,12 +96,12 @@ def main(argv: list[str]) -> None:
     print_table(writer.folder, meta, texts.n_skipped, time.perf_counter() - started)
 
 
-def choose(options: PrepareConfig) -> tuple[str, Recipe]:
-    """Return the data set's name and its recipe, made up on the spot for the user's own text."""
+def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
+    """Return the data set's name and its recipe, which for the user's own text is characters."""
     if options.dataset and options.dataset not in RECIPES:
         raise UserError(
-            f"no recipe {options.dataset!r}; there are {', '.join(RECIPES)}; "
-            "for own text: python prepare.py --name NAME --input FILE"
+            f"no recipe {options.dataset!r}; known recipes: {', '.join(RECIPES)}; "
+            "for your own text: python prepare.py --name NAME --input FILE"
         )
     if options.name and not options.dataset:
         if not options.input:
@@ -120,7 +121,7 @@ def choose(options: PrepareConfig) -> tuple[str, Recipe]:
 
 
 class Texts:
-    """The documents of a data set, each with the split that it belongs to."""
+    """The documents of a data set, each assigned to a split."""
 
     def __init__(self, options: PrepareConfig, inputs: tuple[str, ...]):
         downloads = Path(options.data_dir) / ".downloads"
@@ -128,15 +129,17 @@ class Texts:
         self._corpus = Corpus(inputs, options.field, downloads)
         self._val_corpus = Corpus(options.val_input, options.field, downloads)
         self.sources = self._corpus.sources + self._val_corpus.sources
-        self.n_documents = sum(1 for _ in itertools.islice(self._corpus, MANY))  # at least
+        self.n_documents = sum(1 for _ in itertools.islice(self._corpus, MANY_DOCUMENTS))  # or more
         if not self.n_documents:
             n_binary = f", only {self.n_skipped} binary files" if self.n_skipped else ""
-            raise UserError(f"{', '.join(inputs)}: no text there{n_binary}")
+            raise UserError(f"{', '.join(inputs)}: no text found{n_binary}")
         self.counts: dict[str, dict] = {}
 
     def __iter__(self) -> Iterator[tuple[str, bool, str]]:
-        """Read everything again, in the inputs' order, counting it, in pieces: (split, follows,
-        text), where `follows` says that another document of the split ended just before."""
+        """Read everything, in the order of the inputs, in pieces: (split, follows, text).
+
+        `follows`: another document of the split ended just before. Fills `counts` on the way.
+        """
         self.counts = {split: {"documents": 0, "bytes": 0} for split in bins.SPLITS}
         with tqdm(desc="text", unit="B", unit_scale=True, delay=1, disable=None) as bar:
             for split, document in self._assign():
@@ -155,10 +158,10 @@ class Texts:
         if self._val_corpus.files:
             yield from (("train", document) for document in self._corpus)
             yield from (("val", document) for document in self._val_corpus)
-        elif self.n_documents >= MANY:
+        elif self.n_documents >= MANY_DOCUMENTS:
             for document in self._corpus:
-                place = int.from_bytes(hashlib.sha256(document.data).digest()[:8], "big") / 2**64
-                yield "val" if place < self._val_fraction else "train", document
+                u = int.from_bytes(hashlib.sha256(document.data).digest()[:8], "big") / 2**64
+                yield "val" if u < self._val_fraction else "train", document
         else:
             for document in self._corpus:
                 size = len(document.data)
@@ -168,17 +171,17 @@ class Texts:
 
     @property
     def n_skipped(self) -> int:
-        """How many binary files the folders and globs hold."""
+        """Number of binary files that were left out of folders and globs."""
         return len(self._corpus.skipped | self._val_corpus.skipped)
 
     def check(self) -> None:
-        """Refuse what leaves a split without text."""
+        """UserError if a split got no text."""
         for split, count in self.counts.items():
             if not count["documents"]:
                 n_bytes = sum(count["bytes"] for count in self.counts.values())
                 raise UserError(
-                    f"{', '.join(self.sources)}: of {n_bytes:,} bytes of text none are left for "
-                    f"{split}"
+                    f"{', '.join(self.sources)}: {n_bytes:,} bytes of text are too few, none is "
+                    f"left for {split}"
                 )
 
 
@@ -186,23 +189,22 @@ class Texts:
 
 
 def check_tokenizer(kind: str, given: dict) -> None:
-    """Refuse options that the tokenizer has no use for."""
+    """UserError for options that the tokenizer does not take."""
     if "vocab_size" in given and kind != "bpe":
-        raise UserError(f"--vocab_size goes with --tokenizer=bpe, not with {kind}")
+        raise UserError(f"--vocab_size is for --tokenizer=bpe, not for {kind}")
     if given.get("normalize") and kind not in tokenizer.KINDS:
-        raise UserError(f"--normalize does not go with {kind}, whose tokenizer is fixed")
+        raise UserError(f"--normalize cannot change the tokenizer of {kind}")
 
 
 def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer:
-    """The tokenizer that is asked for; char takes its characters from all of the text, bpe its
-    tokens from what is trained on."""
+    """The tokenizer asked for; char learns from all of the text, bpe from the training split."""
     form = options.normalize
     if kind not in tokenizer.KINDS:
         try:
             return tokenizer.load(tokenizer.stored_in(Path(kind)))
         except UserError as error:
             kinds = ", ".join(tokenizer.KINDS)
-            raise UserError(f"--tokenizer={kind} is none of {kinds}; {error}") from None
+            raise UserError(f"--tokenizer={kind} is not one of {kinds}; {error}") from None
     if kind == "char":
         separated = ("\n" * follows + text for _, follows, text in texts)
         tok = tokenizer.CharTokenizer.train(tokenizer.normalized(t, form) for t in separated)
@@ -216,9 +218,9 @@ def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer
 
 
 def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the ids (n,) of all texts, split by split as they come, with what stands between them.
+    """Yield (split, ids (n,)) for all texts in order.
 
-    The order is that of the texts for any number of workers.
+    End-of-text or a newline separates documents. The ids are the same for any number of workers.
     """
 
     def encode_batch(batch: list[tuple[str, bool, str]]) -> dict[str, np.ndarray]:
@@ -235,19 +237,19 @@ def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np
         pending = deque()
         for batch in batches(texts):
             pending.append(pool.submit(encode_batch, batch))
-            if len(pending) > 2 * workers:  # so many pieces are in memory
+            if len(pending) > 2 * workers:  # the most that is in memory
                 yield from pending.popleft().result().items()
         for result in pending:
             yield from result.result().items()
 
 
 def batches(texts: Texts) -> Iterator[list[tuple[str, bool, str]]]:
-    """The pieces of the texts in lists of about PIECE characters together."""
+    """The pieces of the texts in lists of about PIECE_BYTES characters."""
     batch, size = [], 0
     for piece in texts:
         batch.append(piece)
         size += len(piece[2])
-        if size >= PIECE:
+        if size >= PIECE_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
@@ -260,8 +262,8 @@ def print_table(folder: Path, meta: dict, n_skipped: int, seconds: float) -> Non
         print(f"binary files skipped: {n_skipped}")
     print(f"{'split':<8}{'documents':>14}{'tokens':>14}{'bytes':>14}{'bytes/token':>14}")
     total_bytes = 0
-    for split, about in meta["splits"].items():
-        documents, tokens, n_bytes = about["documents"], about["tokens"], about["bytes"]
+    for split, entry in meta["splits"].items():
+        documents, tokens, n_bytes = entry["documents"], entry["tokens"], entry["bytes"]
         total_bytes += n_bytes
         print(f"{split:<8}{documents:>14,}{tokens:>14,}{n_bytes:>14,}{n_bytes / tokens:>14.2f}")
     print(

@@ -1,1 +1,1 @@
-"""Token files, tokenizers and downloads. Data sets that prepare.py builds lie in folders here."""
+"""Token files, windows, documents, tokenizers, downloads. Each data set is a folder in here."""

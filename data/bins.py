@@ -1,11 +1,11 @@
-"""Token bins: the files that prepare.py writes, and which window of them a run draws when.
+"""Token bins: the files that prepare.py writes, and which window of them a run reads when.
 
     data/<name>/train.bin   token ids, little-endian, no header; uint16, or uint32 where needed
     data/<name>/val.bin     the same
-    data/<name>/meta.json   format, dtype, vocabulary size, tokenizer, sources, and for each split
-                            its tokens, its UTF-8 bytes and its SHA-256
+    data/<name>/meta.json   format, dtype, vocabulary size, tokenizer, sources, and of each split
+                            the tokens, UTF-8 bytes and SHA-256
 
-A folder without meta.json is read as nanoGPT's: uint16 ids of GPT-2's tokenizer.
+A folder without meta.json is read as one of nanoGPT's: uint16 ids of GPT-2's tokenizer.
 """
 
 import functools
@@ -22,14 +22,14 @@ from typing import IO
 
 import numpy as np
 
-from config import UserError
+from data.errors import UserError
 
 FORMAT = 1
 SPLITS = ("train", "val")
-IGNORED = -1  # a target that counts for nothing: beyond the end of the split
-CHECKED = 2**24  # ids of a split that are checked when it is opened; the others when drawn
-BIGRAM_TOKENS = 5_000_000  # enough for a baseline, counted in seconds
-MALFORMED = (  # what JSON of another content than expected makes its reader raise
+IGNORED = -1  # a target that the loss leaves out, because it is beyond the end of the split
+CHECKED_IDS = 2**24  # of a split, when it is opened; the others are checked when they are read
+BIGRAM_TOKENS = 5_000_000  # enough for a baseline, and counted in seconds
+MALFORMED = (  # what reading JSON with unexpected content raises
     ValueError,
     TypeError,
     LookupError,
@@ -37,28 +37,28 @@ MALFORMED = (  # what JSON of another content than expected makes its reader rai
     ArithmeticError,
     RecursionError,
 )
-ROUNDS = 6  # of the Feistel network; four suffice against correlation, small domains want more
+ROUNDS = 6  # of the Feistel network: four remove correlations, small domains need more
 
 
-# ---- which window is drawn when -----------------------------------------------------------------
+# ---- windows ------------------------------------------------------------------------------------
 
 
 def window(seed: int, n: np.ndarray, n_tokens: int, block_size: int) -> np.ndarray:
-    """Where the n-th training sequences of a run start; a pure function of its arguments.
+    """Start offsets of the n-th training sequences of a run: a pure function, (B,) int64.
 
-    An epoch is every non-overlapping window of block_size + 1 tokens, from a random phase, in an
-    order given by a keyed permutation that is computed and never stored. `n`: int64 (B,), the
-    result likewise. The split must hold two windows (`n_tokens >= 2 * (block_size + 1)`).
+    An epoch is all non-overlapping windows of block_size + 1 tokens from a random phase on, in the
+    order of a keyed permutation that is computed and never stored. `n` is (B,) int64. The split
+    must hold two windows (`n_tokens >= 2 * (block_size + 1)`).
     """
     length = block_size + 1
     per_epoch = (n_tokens - block_size) // length  # the same for every phase
-    epochs, places = np.divmod(n, per_epoch)
-    starts = np.empty_like(places)
+    epochs, indices = np.divmod(n, per_epoch)
+    starts = np.empty_like(indices)
     for epoch in np.unique(epochs):  # nearly always one
-        here = epochs == epoch
+        in_epoch = epochs == epoch
         *keys, phase = _epoch_keys(seed, int(epoch))
-        order = permute(places[here].astype(np.uint64), per_epoch, keys)
-        starts[here] = order.astype(np.int64) * length + int(phase) % length
+        order = permute(indices[in_epoch].astype(np.uint64), per_epoch, keys)
+        starts[in_epoch] = order.astype(np.int64) * length + int(phase) % length
     return starts
 
 
@@ -68,10 +68,10 @@ def _epoch_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
 
 
 def permute(i: np.ndarray, size: int, keys: Iterable[np.uint64]) -> np.ndarray:
-    """A keyed permutation of range(size), at the places `i` (uint64), in constant memory.
+    """A keyed permutation of range(size) at the indices `i` (uint64), in constant memory.
 
-    A balanced Feistel network over the next even power of two; places that land outside the
-    range go through again until they fall inside ("cycle walking", Black and Rogaway 2002).
+    A balanced Feistel network over the next even power of two; a result outside the range goes
+    through again until it is inside ("cycle walking", Black and Rogaway 2002).
     """
     half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -94,10 +94,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def eval_windows(n_tokens: int, block_size: int, max_tokens: int) -> np.ndarray:
-    """Where the windows start that an evaluation reads: int64, in order, without overlap.
+    """Start offsets of the windows that an evaluation reads: int64, ordered, not overlapping.
 
-    All of a split, the last window reaching beyond its end; of a split larger than `max_tokens`,
-    that many tokens in evenly spaced windows.
+    They cover the split, and the last one may reach beyond its end. If the split is larger than
+    `max_tokens`, they cover that many tokens, evenly spaced.
     """
     starts = np.arange(0, n_tokens - 1, block_size)
     count = min(len(starts), max(1, math.ceil(max_tokens / block_size)))
@@ -109,47 +109,57 @@ def eval_windows(n_tokens: int, block_size: int, max_tokens: int) -> np.ndarray:
 
 @dataclass
 class Split:
-    """The tokens of one split, mapped from their file, and what meta.json knows of them."""
+    """The tokens of one split, mapped from their file."""
 
     path: Path
     tokens: np.ndarray  # (n_tokens,) uint16 or uint32
     vocab_size: int
-    n_bytes: int | None  # of UTF-8 text; None where the bins are nanoGPT's
+    n_bytes: int | None  # of UTF-8 text; None for nanoGPT's bins, which do not say
 
     def batch(self, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return idx and targets, int64 (B, T); targets beyond the split's end are IGNORED."""
-        places = starts[:, None] + np.arange(block_size + 1)
+        """The windows at `starts` (B,): idx and targets, int64 (B, T).
+
+        Targets beyond the split's end are IGNORED. UserError for an id beyond the vocabulary.
+        """
+        offsets = starts[:, None] + np.arange(block_size + 1)
         last = len(self.tokens) - 1
-        rows = self.tokens[np.minimum(places, last)].astype(np.int64)
+        rows = self.tokens[np.minimum(offsets, last)].astype(np.int64)
         self.check(rows)
         idx, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
-        targets[places[:, 1:] > last] = IGNORED
+        targets[offsets[:, 1:] > last] = IGNORED
         return idx, targets
 
     def check(self, ids: np.ndarray) -> None:
+        """UserError if an id is beyond the vocabulary."""
         if ids.size and (largest := int(ids.max())) >= self.vocab_size:
             raise UserError(
                 f"{self.path}: token id {largest} is beyond the vocabulary of {self.vocab_size}"
             )
 
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A loss in nats per token as bits per byte of text, which compares tokenizers."""
+        if self.n_bytes is None:
+            return None
+        return loss / math.log(2) * len(self.tokens) / self.n_bytes
+
 
 @dataclass
 class Dataset:
-    """A prepared data set: its two splits and how its text became tokens."""
+    """A prepared data set: its two splits and its tokenizer."""
 
     folder: Path
     tokenizer: dict  # what tokenizer.load() takes
     vocab_size: int
     train: Split
     val: Split
-    fingerprint: str  # of the tokens: the same bins, the same fingerprint
+    fingerprint: str  # a digest of the tokens: equal bins have equal fingerprints
 
 
 def load(folder: Path) -> Dataset:
-    """Open the data set in `folder`; raises UserError for whatever is missing or does not fit."""
-    again = f"rebuild it: python prepare.py --name {folder.name} --input FILE"
+    """Open the data set in `folder`; UserError if something is missing or inconsistent."""
+    rebuild = f"rebuild it: python prepare.py --name {folder.name} --input FILE"
     if not (folder / "meta.json").exists() and (folder / "meta.pkl").exists():
-        raise UserError(f"{folder}/meta.pkl is a pickle, which could run code; {again}")
+        raise UserError(f"{folder}/meta.pkl is a pickle, which could run code; {rebuild}")
     try:
         meta = _read_meta(folder)
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
@@ -157,18 +167,19 @@ def load(folder: Path) -> Dataset:
         _check_count("vocab_size", vocab_size, 2**32)
         splits, digests = {}, []
         for name in SPLITS:
-            path, about = folder / f"{name}.bin", meta["splits"][name]
-            size, n_tokens, n_bytes = path.stat().st_size, about["tokens"], about["bytes"]
+            path, entry = folder / f"{name}.bin", meta["splits"][name]
+            size, n_tokens, n_bytes = path.stat().st_size, entry["tokens"], entry["bytes"]
             if n_tokens is None:  # nanoGPT's bins do not say
                 n_tokens = size // dtype.itemsize
             if n_bytes is not None:
                 _check_count(f"{name}'s bytes", n_bytes, 2**50)
             if size != n_tokens * dtype.itemsize:
-                raise UserError(f"{path} has {size} bytes, not {n_tokens} {dtype} tokens; {again}")
+                wrong = f"{path} has {size} bytes, not {n_tokens} {dtype} tokens"
+                raise UserError(f"{wrong}; {rebuild}")
             tokens = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
             splits[name] = Split(path, tokens, vocab_size, n_bytes)
-            splits[name].check(tokens[:CHECKED])
-            digests.append(str(about["sha256"] or f"{size} bytes"))
+            splits[name].check(tokens[:CHECKED_IDS])
+            digests.append(str(entry["sha256"] or f"{size} bytes"))
         return Dataset(
             folder=folder,
             tokenizer=dict(meta["tokenizer"]),
@@ -177,12 +188,12 @@ def load(folder: Path) -> Dataset:
             **splits,
         )
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing; {again}") from None
+        raise UserError(f"{error.filename} is missing; {rebuild}") from None
     except UserError:
         raise
     except MALFORMED as error:
-        kind = type(error).__name__
-        raise UserError(f"{folder}/meta.json cannot be read ({kind}: {error}); {again}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}/meta.json cannot be read ({reason}); {rebuild}") from None
 
 
 def _read_meta(folder: Path) -> dict:
@@ -208,15 +219,15 @@ def _check_count(name: str, value: object, largest: int) -> None:
 def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
     """Nats per token of `val` under the pairs counted in `train`: the loss to beat.
 
-    p(b | a) = (count(a, b) + p(b)) / (count(a) + 1), p(b) from counts plus one: pairs that never
-    occurred get a little of the mass of single tokens. At most the first BIGRAM_TOKENS are read.
+    p(b | a) = (count(a, b) + p(b)) / (count(a) + 1), where p(b) comes from counts plus one, so that
+    pairs that never occurred get some probability. At most the first BIGRAM_TOKENS are read.
     """
     train, val = (part[:BIGRAM_TOKENS].astype(np.int64) for part in (train, val))
     single = np.bincount(train, minlength=vocab_size)
-    seen, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
+    known, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     pairs = val[:-1] * vocab_size + val[1:]
-    place = np.minimum(np.searchsorted(seen, pairs), len(seen) - 1)
-    count = np.where(seen[place] == pairs, counts[place], 0)
+    index = np.minimum(np.searchsorted(known, pairs), len(known) - 1)
+    count = np.where(known[index] == pairs, counts[index], 0)
     before = np.bincount(train[:-1], minlength=vocab_size)[val[:-1]]
     prior = (single[val[1:]] + 1) / (len(train) + vocab_size)
     return float(-np.log((count + prior) / (before + 1)).mean())
@@ -226,17 +237,18 @@ def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
 
 
 class Writer:
-    """Writes a data set whole or not at all; an older one of its name is moved aside.
+    """Writes a data set completely or not at all; an older one of that name is moved aside.
 
-    Everything goes into a hidden folder beside, which finish() renames; without it, it is removed.
+    Everything goes into a hidden folder beside it, which finish() renames. If finish() is not
+    reached, that folder is removed.
     """
 
     def __init__(self, folder: Path, vocab_size: int):
         if folder.exists() and not (folder / "meta.json").is_file():
             raise UserError(
-                f"{folder} is there and is no data set of prepare.py's; choose another name"
+                f"{folder} exists and is not a data set made by prepare.py; use another name"
             )
-        self.folder = folder.resolve() if folder.is_symlink() else folder  # a link stays
+        self.folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
         self.vocab_size = vocab_size
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.n_tokens = dict.fromkeys(SPLITS, 0)
@@ -248,7 +260,7 @@ class Writer:
             self._partial.mkdir(parents=True)
             self._files = {name: open(self._partial / f"{name}.bin", "xb") for name in SPLITS}
             self._digests = {name: hashlib.sha256() for name in SPLITS}
-        except BaseException:  # a signal in here would not lead to __exit__
+        except BaseException:  # a signal here would not lead to __exit__
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
         return self
@@ -261,7 +273,10 @@ class Writer:
         self.n_tokens[split] += len(ids)
 
     def finish(self, splits: dict[str, dict], tokenizer: dict, sources: list[str]) -> dict:
-        """Give the data set its name and return its meta; `splits` says more about each split."""
+        """Rename the data set into place and return its meta.
+
+        `splits` has what the writer does not know about each split, such as its bytes.
+        """
         meta = {
             "format": FORMAT,
             "dtype": self.dtype.name,
@@ -279,6 +294,7 @@ class Writer:
         }
         for file in self._files.values():
             _sync(file)
+            file.close()  # Windows renames no folder with an open file
         with open(self._partial / "meta.json", "x", encoding="utf-8") as file:
             json.dump(meta, file, ensure_ascii=False, indent=1)
             _sync(file)
@@ -299,19 +315,19 @@ def _sync(file: IO) -> None:
 
 
 def move_aside(folder: Path) -> None:
-    """Rename a folder that is in the way to NAME.1, or the next number that is free; say so."""
+    """Rename a folder to NAME.1, or the next free number, and print a line about it."""
     aside = free_name(folder.with_name(f"{folder.name}.1"))
     try:
         folder.rename(aside)
     except OSError as error:
         raise UserError(
-            f"the older {folder} cannot be moved aside ({error.strerror}): choose another name"
+            f"the older {folder} cannot be moved aside ({error.strerror}): use another name"
         ) from None
     print(f"moved the older {folder} to {aside}")
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or with its last number raised until nothing has that name."""
+    """`path`, or the same with the first higher number at its end that nothing has."""
     stem, n = re.sub(r"\.\d+$", "", path.name), 1
     while path.exists():
         n += 1

@@ -1,11 +1,11 @@
-"""Text to token ids and back: one class per kind, all with the same few methods.
+"""Text to token ids and back: one class per kind, all with the same methods.
 
-encode(text)       ids, uint32 (n,); raises UserError where a character has no token
+encode(text)       ids, uint32 (n,); UserError for a character that has no token
 decode_bytes(ids)  UTF-8 bytes; a single token may be part of a character
 decode(ids)        text
-meta()             all of the tokenizer as JSON data, for meta.json and every checkpoint
-vocab_size         how many ids there are
-end_of_text        the id that stands between documents; where None, a newline does
+meta()             the whole tokenizer as JSON data, for meta.json and every checkpoint
+vocab_size         number of ids
+end_of_text        the id that separates documents; if None, a newline does
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from config import UserError
 from data.download import fetch
+from data.errors import UserError
 
 KINDS = ("char", "byte", "gpt2", "bpe")
-GPT2_PATTERN = (  # what GPT-2 cuts text into before it merges pairs of bytes; no token goes beyond
+GPT2_PATTERN = (  # how GPT-2 splits a text before it merges byte pairs; no token crosses a split
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
 END_OF_TEXT = "<|endoftext|>"
-EXPORTED = "folio_tokenizer.json"  # what convert.py writes beside the files of transformers
+EXPORTED = "folio_tokenizer.json"  # what convert.py writes beside transformers' files
 
 
 class Tokenizer:
-    """What all kinds share; `normalize` is the Unicode form that text takes first, or empty."""
+    """What all kinds share. `normalize` is the Unicode form applied to text first, or empty."""
 
     kind: str
     vocab_size: int
@@ -55,20 +55,20 @@ class Tokenizer:
         return {"kind": self.kind, **form, **self._content()}
 
     def _content(self) -> dict:
-        """What the kind alone does not say."""
+        """What meta() has beside the kind."""
         return {}
 
 
 class CharTokenizer(Tokenizer):
-    """Every character that occurs in the text is a token; ids follow the order of code points."""
+    """Each character of the training text is a token; ids are in the order of code points."""
 
     kind = "char"
 
     def __init__(self, characters: str):
         codes = _code_points(characters)
         if len(codes) == 0 or (np.diff(codes.astype(np.int64)) <= 0).any():
-            raise ValueError("the characters of a tokenizer must be in order, each once")
-        characters.encode()  # a lone surrogate is no character
+            raise ValueError("a tokenizer's characters must be sorted and distinct")
+        characters.encode()  # fails for a lone surrogate
         self.characters = characters
         self.vocab_size = len(codes)
         self._id_of = np.full(int(codes.max()) + 2, self.vocab_size, np.uint32)
@@ -76,23 +76,24 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> "CharTokenizer":
-        seen = np.zeros(0x110000, bool)
+        """The tokenizer of all characters in `texts`."""
+        occurs = np.zeros(0x110000, bool)
         for text in texts:
-            known = seen[:128].nonzero()[0].astype(np.uint8).tobytes()
-            new = text.encode().translate(None, known).decode()  # ASCII is most of most texts
-            seen[_code_points(new)] = True
-        return cls("".join(map(chr, np.flatnonzero(seen))))
+            known_ascii = occurs[:128].nonzero()[0].astype(np.uint8).tobytes()
+            rest = text.encode().translate(None, known_ascii).decode()  # faster: most is ASCII
+            occurs[_code_points(rest)] = True
+        return cls("".join(map(chr, np.flatnonzero(occurs))))
 
     def _encode(self, text: str) -> np.ndarray:
-        # beyond the last character the table ends with the mark of an unknown one
+        # the table's last entry, to which larger code points are clipped, is unknown
         ids = self._id_of.take(_code_points(text), mode="clip")
         unknown = np.flatnonzero(ids == self.vocab_size)
         if len(unknown):
             first = {text[i]: int(i) for i in reversed(unknown)}
-            named = sorted(first, key=first.get)
-            places = [f"{c!r} (U+{ord(c):04X}, character {first[c] + 1})" for c in named[:5]]
-            more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-            raise UserError(f"the vocabulary has no {', '.join(places)}{more}")
+            in_order = sorted(first, key=first.get)
+            named = [f"{c!r} (U+{ord(c):04X}, character {first[c] + 1})" for c in in_order[:5]]
+            more = f" and {len(in_order) - 5} more" if len(in_order) > 5 else ""
+            raise UserError(f"the vocabulary has no {', '.join(named)}{more}")
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -103,7 +104,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8: any text, any language, nothing to store."""
+    """Each byte of UTF-8 is a token: any text in any language, with nothing to store."""
 
     kind = "byte"
     vocab_size = 256
@@ -116,10 +117,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-level byte pairs (Sennrich et al. 2016; bytes as GPT-2 has them), encoded by tiktoken.
+    """Byte-pair encoding of bytes (Sennrich et al. 2016; Radford et al. 2019), by tiktoken.
 
-    The ids are the 256 bytes, then `tokens` in the order in which they were learned, each a pair of
-    earlier ones put together, then end-of-text.
+    The ids are the 256 bytes, then `tokens` in the order learned, each the concatenation of two
+    earlier ones, then end-of-text.
     """
 
     kind = "bpe"
@@ -133,7 +134,7 @@ class BytePairTokenizer(Tokenizer):
         self.end_of_text = 256 + len(tokens)
         self.vocab_size = self.end_of_text + 1
         if len(ranks) != self.end_of_text:
-            raise ValueError("the tokens of a tokenizer must differ, and be longer than a byte")
+            raise ValueError("a tokenizer's tokens must be distinct and longer than a byte")
         special = {END_OF_TEXT: self.end_of_text}
         self._encoding = tiktoken.Encoding(
             "folio", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
@@ -141,51 +142,51 @@ class BytePairTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BytePairTokenizer":
-        """Learn the pairs that are most frequent in `texts`; the same texts, the same tokens."""
+        """Learn the most frequent pairs of `texts`. The same texts give the same tokens."""
         try:
             import rustbpe
         except ImportError:
             raise UserError(
-                "--tokenizer=bpe is trained by the package rustbpe: pip install rustbpe"
+                "--tokenizer=bpe needs the package rustbpe: pip install rustbpe"
             ) from None
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(texts, vocab_size=vocab_size - 1, pattern=GPT2_PATTERN)
         ranked = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         if len(ranked) < vocab_size - 1:
             raise UserError(
-                f"--vocab_size={vocab_size} is more than this text supports: every word is one "
-                f"token at {len(ranked) + 1}"
+                f"--vocab_size={vocab_size} is too large for this text: at {len(ranked) + 1} "
+                "every word is one token"
             )
         return cls([bytes(token) for token, _ in ranked[256:]])
 
     def _encode(self, text: str) -> np.ndarray:
-        try:  # <|endoftext|> inside a text is ordinary text there: no document can end another
+        try:  # <|endoftext|> inside a text is encoded as text, so that no document can forge it
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError as error:  # of a run of spaces that its regular expressions cannot hold
-            raise UserError(f"the tokenizer cannot take this text: {error}") from None
+        except ValueError as error:  # a run of spaces too long for tiktoken's regex engine
+            raise UserError(f"the tokenizer cannot encode this text: {error}") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes([int(i) for i in ids])
 
     def _content(self) -> dict:
-        return {"tokens": [token.decode("latin-1") for token in self.tokens]}  # a byte, a character
+        return {"tokens": [token.decode("latin-1") for token in self.tokens]}  # byte = character
 
     def files(self) -> dict[str, bytes]:
         """vocab.json and merges.txt, which transformers' GPT-2 tokenizer reads.
 
-        Each byte is written there as one printable character: itself, or for those that are none
-        the next one from U+0100 on (Radford et al. 2019, encoder.py).
+        They write each byte as a printable character: itself, or if it is not printable the next
+        one from U+0100 on (Radford et al. 2019, encoder.py).
         """
-        names = {i: chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))}
+        printable = {i: chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))}
         for i in range(256):
-            names.setdefault(i, chr(256 + len(names) - 188))
-        spelled = [bytes([i]) for i in range(256)] + self.tokens
-        vocab = {"".join(names[i] for i in token): n for n, token in enumerate(spelled)}
-        ranks = {token: n for n, token in enumerate(spelled)}
+            printable.setdefault(i, chr(256 + len(printable) - 188))
+        tokens = [bytes([i]) for i in range(256)] + self.tokens
+        vocab = {"".join(printable[i] for i in token): n for n, token in enumerate(tokens)}
+        ranks = {token: n for n, token in enumerate(tokens)}
         merges = ["#version: 0.2"]
         for token in self.tokens:
-            pair = _parts(token, ranks)
-            merges.append(" ".join("".join(names[i] for i in part) for part in pair))
+            pair = _merged_pair(token, ranks)
+            merges.append(" ".join("".join(printable[i] for i in part) for part in pair))
         vocab[END_OF_TEXT] = self.end_of_text
         return {
             "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
@@ -194,7 +195,7 @@ class BytePairTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(BytePairTokenizer):
-    """GPT-2's own byte pairs; the vocabulary is downloaded on first use."""
+    """GPT-2's byte-pair encoding; its vocabulary is downloaded on first use."""
 
     kind = "gpt2"
     vocab_size = 50257
@@ -215,7 +216,7 @@ class GPT2Tokenizer(BytePairTokenizer):
 
 
 def load(meta: dict) -> Tokenizer:
-    """Rebuild the tokenizer that `meta()` described."""
+    """Rebuild a tokenizer from its meta(); UserError if that is not one."""
     try:
         match meta:
             case {"kind": "char", "characters": str(characters)}:
@@ -227,11 +228,10 @@ def load(meta: dict) -> Tokenizer:
             case {"kind": "bpe", "tokens": list(tokens)}:
                 tok = BytePairTokenizer([token.encode("latin-1") for token in tokens])
             case _:
-                raise ValueError(
-                    f"no tokenizer of kind {str(meta.get('kind'))!r}; there are {', '.join(KINDS)}"
-                )
+                kind = str(meta.get("kind"))
+                raise ValueError(f"no tokenizer of kind {kind!r}; the kinds are {', '.join(KINDS)}")
         tok.normalize = meta.get("normalize", "")
-        normalized("a", tok.normalize)  # an unknown form is refused now
+        normalized("a", tok.normalize)  # fails for an unknown form
         return tok
     except UserError:
         raise
@@ -240,15 +240,16 @@ def load(meta: dict) -> Tokenizer:
 
 
 def stored_in(path: Path) -> dict:
-    """The tokenizer, as meta() gives it, of a data set, a run or a checkpoint, or of a folder of
-    transformers' that is GPT-2's or was written by convert.py; nothing is run."""
+    """The meta() of the tokenizer of a data set, a run, a checkpoint, or a folder in transformers'
+    format that is GPT-2's or was written by convert.py. It is read as data; UserError if there is
+    none."""
     try:
         if (path / "config.json").is_file():
             if (path / EXPORTED).is_file():
                 return json.loads((path / EXPORTED).read_text("utf-8"))
             if json.loads((path / "config.json").read_text("utf-8"))["vocab_size"] == 50257:
                 return {"kind": "gpt2"}
-            raise ValueError(f"it has no {EXPORTED}, and not GPT-2's vocabulary")
+            raise ValueError(f"it has no {EXPORTED}, and its vocabulary is not GPT-2's")
         if (path / "meta.json").is_file():
             return json.loads((path / "meta.json").read_text("utf-8"))["tokenizer"]
         for name in ("best.safetensors", "ckpt.safetensors"):
@@ -258,25 +259,25 @@ def stored_in(path: Path) -> dict:
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{path} is no data set, run or checkpoint with a tokenizer ({reason})"
+            f"{path} is not a data set, run or checkpoint with a tokenizer ({reason})"
         ) from None
 
 
 def _checkpoint_meta(path: Path) -> dict:
-    """What a checkpoint's header says, without torch; its digest is verified."""
+    """The meta of a checkpoint, read without torch; the digest is verified."""
     with open(path, "rb") as file:
         digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - 32
         while left > 0 and (block := file.read(min(left, 1 << 20))):
             digest.update(block)
             left -= len(block)
         if file.read() != digest.digest():
-            raise ValueError("no checkpoint, or a damaged one: its digest does not match")
+            raise ValueError("not a checkpoint, or damaged: its digest does not match")
     with safe_open(path, "numpy") as file:
         return json.loads(file.metadata()["folio"])
 
 
 def normalized(text: str, form: str) -> str:
-    """`text` in a Unicode normalization form, "NFC" say; unchanged where the form is empty."""
+    """`text` in a Unicode normalization form such as "NFC"; unchanged if the form is empty."""
     return unicodedata.normalize(form, text) if form else text
 
 
@@ -284,8 +285,8 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two earlier tokens that a token was made of: what it is before its own merge."""
+def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two earlier tokens that were merged into a token."""
     parts = [bytes([i]) for i in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
@@ -295,10 +296,10 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _fetch_gpt2_vocabulary() -> list[Path]:
-    """Put GPT-2's two vocabulary files, merges and ids, where tiktoken looks for them.
+    """Download GPT-2's two vocabulary files, merges and ids, to where tiktoken looks for them.
 
-    tiktoken would download them itself, but without a time-out. Its cache names a file by the
-    SHA-1 of its address.
+    tiktoken would do so itself, but without a time-out. In its cache a file's name is the SHA-1 of
+    its URL.
     """
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = Path(cache or Path(tempfile.gettempdir()) / "data-gym-cache")
@@ -315,8 +316,7 @@ def _fetch_gpt2_vocabulary() -> list[Path]:
                 fetch(url, path, sha256)
             except UserError as error:
                 raise UserError(
-                    f"GPT-2's vocabulary is not here and cannot be downloaded: {error}; "
-                    "use --tokenizer=char, byte or bpe, or set TIKTOKEN_CACHE_DIR to a folder "
-                    "with it"
+                    f"GPT-2's vocabulary is needed: {error}; use --tokenizer=char, byte or bpe, or "
+                    "set TIKTOKEN_CACHE_DIR to a folder that has it"
                 ) from None
     return paths

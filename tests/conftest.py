@@ -65,7 +65,7 @@ def data_dir(tmp_path_factory, text) -> Path:
 
 
 @pytest.fixture
-def train(data_dir, tmp_path, monkeypatch):
+def train_small(data_dir, tmp_path, monkeypatch):
     """Call train.main in an empty folder, on the small data set; the run is in run/."""
     import train
 
@@ -74,11 +74,37 @@ def train(data_dir, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def resume(data_dir, tmp_path, train):
-    """Go on with the run in run/, by its own options."""
-    import train as script
+def resume_run(train_small):
+    """Resume the run in run/ with its own options."""
+    import train
 
-    return lambda *argv: script.main(["--init_from=resume", "--out_dir=run", *argv])
+    return lambda *argv: train.main(["--init_from=resume", "--out_dir=run", *argv])
+
+
+def load(path) -> tuple[dict, dict]:
+    """A checkpoint's tensors and meta."""
+    from folio import checkpoint
+
+    ckpt = checkpoint.load(Path(path))
+    return ckpt.tensors, ckpt.meta
+
+
+def after_backward(monkeypatch, hook) -> None:
+    """Call hook(run) in every update, between backward and the optimizers."""
+    import train
+
+    build_run = train.build_run
+
+    def hooked(*args):
+        run = build_run(*args)
+
+        def call(_):
+            hook(run)
+
+        run.model.wte.weight.register_post_accumulate_grad_hook(call)
+        return run
+
+    monkeypatch.setattr(train, "build_run", hooked)
 
 
 def write_bins(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
@@ -88,8 +114,8 @@ def write_bins(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
     with bins.Writer(folder, vocab_size) as writer:
         for split in bins.SPLITS:
             writer.add(split, ids)
-        about = {split: {"bytes": len(ids)} for split in bins.SPLITS}
-        writer.finish(about, {"kind": "byte"}, [])
+        extra = {split: {"bytes": len(ids)} for split in bins.SPLITS}
+        writer.finish(extra, {"kind": "byte"}, [])
 
 
 def script(name: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import write_bins
 
-from config import UserError
 from data import bins
+from data.errors import UserError
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_damaged_data_set_is_refused_in_one_line(folder, damage, says):
 
 
 def test_an_id_beyond_the_vocabulary_is_noticed_when_it_is_drawn(folder, monkeypatch):
-    monkeypatch.setattr(bins, "CHECKED", 0)  # as in a split too large to check whole
+    monkeypatch.setattr(bins, "CHECKED_IDS", 0)  # as in a split too large to check whole
     too_large_id(folder)
     dataset = bins.load(folder)
     dataset.val.batch(np.array([6]), 10)

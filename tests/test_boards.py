@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, script
 
-import metrics
+from folio import metrics
 
 
 def measured(path: Path, names: set[str]) -> dict[str, list[tuple[int, float]]]:
     """The curves of a metrics.csv: {name: [(iter_num, value), ...]}."""
     curves = {name: [] for name in names}
-    for row in metrics.read(path):
+    for row in metrics.read_metrics(path):
         for name in names:
             if row[name]:
                 curves[name].append((int(row["iter_num"]), float(row[name])))
@@ -28,11 +28,11 @@ def same(curve: list, other: list) -> bool:
     ]
 
 
-def test_tensorboard_curves_go_on_after_a_resume(train, resume):
+def test_tensorboard_curves_go_on_after_a_resume(train_small, resume_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert train("--tensorboard", "--sample_interval=10", "--num_samples=2") == 0
-    assert resume("--max_iters=30") == 0
+    assert train_small("--tensorboard", "--sample_interval=10", "--num_samples=2") == 0
+    assert resume_run("--max_iters=30") == 0
     events = EventAccumulator("run/tensorboard")
     events.Reload()
     names = set(events.Tags()["scalars"])
@@ -47,11 +47,11 @@ def test_tensorboard_curves_go_on_after_a_resume(train, resume):
     assert "| n_embd | 32 |" in options
 
 
-def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(train, resume):
+def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(train_small, resume_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert train("--tensorboard", "--snapshot_interval=10") == 0
-    assert resume("--checkpoint=run/snapshots/iter_000010.safetensors", "--max_iters=15") == 0
+    assert train_small("--tensorboard", "--snapshot_interval=10") == 0
+    assert resume_run("--checkpoint=run/snapshots/iter_000010.safetensors", "--max_iters=15") == 0
     events = EventAccumulator("run/tensorboard")
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [5, 10, 15]
@@ -103,9 +103,9 @@ def test_wandb_offline(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("board", ["tensorboard", "wandb"])
-def test_a_missing_package_is_one_line(train, monkeypatch, capsys, board):
+def test_a_missing_package_is_one_line(train_small, monkeypatch, capsys, board):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    assert train(f"--{board}") == 2
+    assert train_small(f"--{board}") == 2
     assert capsys.readouterr().err == (
         f"error: --{board} needs the package {board}: pip install {board}\n"
     )

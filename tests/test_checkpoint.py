@@ -8,9 +8,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from conftest import load
 
-import checkpoint
-from config import UserError
+import runs
+from data.errors import UserError
+from folio import checkpoint, run_folder
+from folio.checkpoint import Checkpoint
 
 TENSORS = {
     "model.a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -31,7 +34,7 @@ def path(tmp_path):
 
 
 def test_what_was_saved_is_loaded(path):
-    tensors, meta = checkpoint.load(path)
+    tensors, meta = load(path)
     assert meta == {"format": 1, **META}
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -55,7 +58,7 @@ def test_views_are_saved_as_what_they_show(tmp_path):
     path = tmp_path / "x.safetensors"
     table = torch.arange(12.0).view(3, 4)
     checkpoint.save(path, {"model.column": table[:, 1], "model.t": table.T}, META)
-    tensors, _ = checkpoint.load(path)
+    tensors, _ = load(path)
     assert torch.equal(tensors["model.column"], table[:, 1])
     assert torch.equal(tensors["model.t"], table.T)
 
@@ -69,7 +72,7 @@ def test_every_length_but_the_whole_is_refused(path):
     data = path.read_bytes()
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        with pytest.raises(UserError, match="not a checkpoint that can be used"):
+        with pytest.raises(UserError, match="not a usable checkpoint"):
             checkpoint.load(path)
     path.write_bytes(data + b"\0")
     with pytest.raises(UserError):
@@ -117,7 +120,7 @@ def rewrite(path, old, new):
 def test_a_header_that_lies_is_refused(path, old, new):
     assert old in path.read_bytes()
     rewrite(path, old, new)
-    with pytest.raises(UserError, match="not a checkpoint that can be used"):
+    with pytest.raises(UserError, match="not a usable checkpoint"):
         checkpoint.load(path)
 
 
@@ -131,10 +134,10 @@ def test_bytes_that_the_header_does_not_name_are_refused(path):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other"
     safetensors.torch.save_file({"a": torch.ones(100)}, path)
-    with pytest.raises(UserError, match="it carries no digest"):
+    with pytest.raises(UserError, match="it has no digest"):
         checkpoint.load(path)
     torch.save({"a": torch.ones(100)}, path)
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match="not a usable checkpoint"):
         checkpoint.load(path)
     for missing in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="cannot open"):
@@ -144,12 +147,12 @@ def test_other_files_are_refused(tmp_path):
 def save_run(folder, iter_num, best=False, snapshot=False, keep=0):
     tensors = {"model.a": torch.full((3,), float(iter_num))}
     meta = {**META, "progress": {"iter_num": iter_num}, "threads": iter_num}
-    checkpoint.save_run(folder, tensors, meta, best, snapshot, keep)
+    run_folder.save_run(folder, tensors, meta, best, snapshot, keep)
 
 
 def iterations(folder):
     files = sorted(folder.rglob("*.safetensors"))
-    return {str(p.relative_to(folder)): checkpoint.load(p)[1]["threads"] for p in files}
+    return {str(p.relative_to(folder)): load(p)[1]["threads"] for p in files}
 
 
 def test_best_and_snapshots_stay_while_the_latest_moves_on(tmp_path):
@@ -169,7 +172,7 @@ def test_best_and_snapshots_stay_while_the_latest_moves_on(tmp_path):
 
 def test_linking_what_is_linked_already_harms_nothing(tmp_path):
     save_run(tmp_path, 1, best=True, snapshot=True)
-    checkpoint.link_latest(tmp_path, 1, best=True, snapshot=True)
+    run_folder.link_latest(tmp_path, 1, best=True, snapshot=True)
     save_run(tmp_path, 2)
     assert sorted(iterations(tmp_path).values()) == [1, 1, 2]
 
@@ -199,7 +202,7 @@ def test_a_model_of_another_shape_is_named():
         ({f"model.{n}": torch.ones(1) for n in "abc"}, "unknown tensor model.c"),
     ]:
         with pytest.raises(UserError, match=says):
-            checkpoint.restore(params, tensors, "model.", "x")
+            checkpoint.restore(Checkpoint("x", tensors, {}), "model.", params)
 
 
 def test_verify_reads_nothing_where_a_path_means_nothing(tmp_path, capsys):
@@ -207,7 +210,7 @@ def test_verify_reads_nothing_where_a_path_means_nothing(tmp_path, capsys):
     save_run(tmp_path / "run", 1)
     (tmp_path / "empty").mkdir()
     paths = [str(tmp_path / name) for name in ("run", "empty")]
-    assert checkpoint.main(["verify", *paths]) == 2
+    assert runs.main(["verify", *paths]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("empty is a folder without checkpoints\n")
 
@@ -215,5 +218,5 @@ def test_verify_reads_nothing_where_a_path_means_nothing(tmp_path, capsys):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "f.safetensors")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="not a regular file"):
         checkpoint.load(tmp_path / "f.safetensors")

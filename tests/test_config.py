@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 import pytest
 import torch
 
-import config
-from config import UserError
+from data.errors import UserError
+from folio.options import read_options
+from folio.process import script
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Options:
 
 
 def read(*argv):
-    return config.read(Options, list(argv))
+    values, _ = read_options(Options, list(argv))
+    return values
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_what_a_recipe_may_hold_beside_options(recipe):
     "argv, says",
     [
         (["--widht=3"], "did you mean 'width'"),
-        (["--zzz=3"], "--help lists them"),
+        (["--zzz=3"], "--help lists all options"),
         (["--Width=3"], "did you mean 'width'"),
         (["--width=x"], r"width must be a whole number in \[1, inf\), not 'x'"),
         (["--width=1.5"], "not 1.5|not '1.5'"),
@@ -118,8 +120,8 @@ def test_a_recipe_that_does_not_fit_is_refused(recipe, text, says):
 
 
 def test_names_of_other_trainers_are_translated():
-    with pytest.raises(UserError, match="write width"):
-        config.read(Options, ["--breadth=3"], instead={"breadth": "write width"})
+    with pytest.raises(UserError, match="use width"):
+        read_options(Options, ["--breadth=3"], hints={"breadth": "use width"})
 
 
 def test_help_is_the_declaration(capsys):
@@ -134,13 +136,21 @@ def test_help_is_the_declaration(capsys):
 
 def test_every_option_of_every_script_is_explained(capsys):
     """A field without a comment would be missing from --help."""
+    import convert
     import prepare
+    import runs
     import sample
     import train
 
-    for options in (prepare.PrepareConfig, sample.SampleConfig, train.TrainConfig):
+    for options in (
+        prepare.PrepareConfig,
+        sample.SampleConfig,
+        train.TrainConfig,
+        convert.ConvertConfig,
+        runs.RunsConfig,
+    ):
         with pytest.raises(SystemExit):
-            config.read(options, ["-h"])
+            read_options(options, ["-h"])
         out = capsys.readouterr().out
         for name in options.__dataclass_fields__:
             assert f"  --{name}=" in out, name
@@ -155,7 +165,7 @@ def test_errors_take_one_line_and_the_right_code(capsys):
     ]
     for error, code, says in cases:
 
-        @config.script
+        @script
         def main(argv, error=error):
             raise error
 
@@ -164,7 +174,7 @@ def test_errors_take_one_line_and_the_right_code(capsys):
 
 
 def test_memory_that_torch_cannot_have_takes_one_line_too(capsys):
-    main = config.script(lambda argv: torch.empty(2**60) and None)
+    main = script(lambda argv: torch.empty(2**60) and None)
     assert main([]) == 1
     assert capsys.readouterr().err == "error: out of memory\n"
 
@@ -174,4 +184,4 @@ def test_an_error_of_ours_is_shown_whole():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError):
-        config.script(broken)([])
+        script(broken)([])

@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL
+from conftest import load as load_file
 from test_checkpoint import META
 from test_resume import same, state
 
-import checkpoint
 import train as script
+from folio import checkpoint, run_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 KILLED = ["--max_iters=120", "--eval_interval=15", "--snapshot_interval=20", "--num_samples=0"]
@@ -32,14 +33,21 @@ def save(folder: Path, iter_num: int) -> None:
     """A save with everything in it: best, a snapshot, and the removal of an older one."""
     tensors = {"model.a": torch.full((999,), float(iter_num))}
     meta = {**META, "run_id": "id", "progress": {"iter_num": iter_num}}
-    checkpoint.save_run(folder, tensors, meta, best=True, snapshot=True, keep=2)
+    run_folder.save_run(folder, tensors, meta, best=True, snapshot=True, keep=2)
 
 
 def load(folder: Path) -> int:
-    """The iteration that a resume would go on from; its tensors are verified to be of it."""
-    _, tensors, meta = checkpoint.load_run(folder)
-    assert (tensors["model.a"] == meta["progress"]["iter_num"]).all()
-    return meta["progress"]["iter_num"]
+    """The iteration that a resume would start from; its tensors are checked to be of it."""
+    ckpt = run_folder.load_latest(folder)
+    iter_num = ckpt.meta["progress"]["iter_num"]
+    assert (ckpt.tensors["model.a"] == iter_num).all()
+    return iter_num
+
+
+def patch_os(patch: pytest.MonkeyPatch, fake) -> None:
+    """Put `fake` in the place of `os` where checkpoints are written."""
+    for module in (checkpoint, run_folder):
+        patch.setattr(module, "os", fake)
 
 
 class Died(BaseException):
@@ -47,7 +55,7 @@ class Died(BaseException):
 
 
 class FaultyOS:
-    """Stands in for `os` in checkpoint.py; does something at the n-th of the calls that change."""
+    """Stands in for `os`; something happens at the n-th call that changes the disk."""
 
     def __init__(self, at: int = -1, fault: str = ""):
         self.at, self.fault, self.count = at, fault, 0
@@ -84,7 +92,7 @@ class FaultyOS:
 def folder(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    checkpoint.write_record(folder, "id", {})
+    run_folder.write_record(folder, "id", {})
     for iter_num in (1, 2):
         save(folder, iter_num)
     return folder
@@ -95,7 +103,7 @@ def count_calls(folder: Path, monkeypatch) -> int:
     copy = shutil.copytree(folder, folder.with_name("counted"))
     counting = FaultyOS()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "os", counting)
+        patch_os(patch, counting)
         save(copy, 3)
     return counting.count
 
@@ -110,7 +118,7 @@ def test_every_system_call_of_a_save(folder, tmp_path, monkeypatch, fault):
     for at in range(calls):
         copy = shutil.copytree(folder, tmp_path / f"copy{at}")
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "os", FaultyOS(at, fault))
+            patch_os(patch, FaultyOS(at, fault))
             try:
                 save(copy, 3)
                 returned = True
@@ -120,18 +128,18 @@ def test_every_system_call_of_a_save(folder, tmp_path, monkeypatch, fault):
                 assert error.filename, "it says which file"
                 returned = False
         assert load(copy) == 3 if returned else load(copy) in (2, 3), at
-        for path in (checkpoint.BEST, *checkpoint.snapshots(copy)):
-            checkpoint.load(copy / path)
+        for path in (copy / run_folder.BEST, *run_folder.snapshots(copy)):
+            checkpoint.load(path)
         save(copy, 4)
         assert load(copy) == 4 and not list(copy.rglob("*.partial"))
-        assert len(checkpoint.snapshots(copy)) == 2
+        assert len(run_folder.snapshots(copy)) == 2
 
 
 # ---- a loss of power ----------------------------------------------------------------------------
 
 
 class Recorder:
-    """Stands in for `os` in checkpoint.py and notes every change, for Disk to replay."""
+    """Stands in for `os` and notes every change, for Disk to replay."""
 
     def __init__(self):
         self.log, self.paths = [], {}
@@ -221,11 +229,11 @@ class Disk:
 @pytest.mark.parametrize("first_snapshot", [False, True])
 def test_a_loss_of_power_at_every_moment_of_a_save(folder, tmp_path, monkeypatch, first_snapshot):
     if first_snapshot:
-        shutil.rmtree(folder / checkpoint.SNAPSHOTS)
+        shutil.rmtree(folder / run_folder.SNAPSHOTS)
     recorder, disk = Recorder(), Disk(folder)
     working = shutil.copytree(folder, tmp_path / "kept")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "os", recorder)
+        patch_os(patch, recorder)
         save(folder, 3)
     lost = tmp_path / "lost"
     found = {2: 0, 3: 0}
@@ -240,8 +248,8 @@ def test_a_loss_of_power_at_every_moment_of_a_save(folder, tmp_path, monkeypatch
             found[iter_num] += 1
             if number == len(recorder.log):
                 assert iter_num == 3, "the save had returned"
-                assert len(checkpoint.snapshots(lost)) >= (1 if first_snapshot else 2)
-                for path in (lost / checkpoint.BEST, *checkpoint.snapshots(lost)):
+                assert len(run_folder.snapshots(lost)) >= (1 if first_snapshot else 2)
+                for path in (lost / run_folder.BEST, *run_folder.snapshots(lost)):
                     checkpoint.load(path)
         if number < len(recorder.log):
             disk.do(*recorder.log[number])
@@ -300,8 +308,8 @@ def test_many_kills_at_random_moments(whole, data_dir, tmp_path, seed):
     check_kills(whole, data_dir, tmp_path, seed)
 
 
-def test_a_full_disk_ends_with_1_and_the_state_from_before_is_good(train, resume, tmp_path):
-    assert train("--max_iters=10", "--num_samples=0") == 0
+def test_a_full_disk_ends_with_1_and_leaves_the_last_state(train_small, resume_run, tmp_path):
+    assert train_small("--max_iters=10", "--num_samples=0") == 0
 
     def no_file_above_100_kb():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -315,27 +323,29 @@ def test_a_full_disk_ends_with_1_and_the_state_from_before_is_good(train, resume
     )
     assert done.returncode == 1, done.stderr
     assert "run/ckpt.safetensors" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    _, _, meta = checkpoint.load_run(Path("run"))
+    _, meta = load_file("run/ckpt.safetensors")
     assert meta["progress"]["iter_num"] == 10
     assert not list(Path("run").rglob("*.partial"))
-    assert resume("--max_iters=20") == 0
+    assert resume_run("--max_iters=20") == 0
 
 
-def test_a_disk_without_room_is_said_before_the_run_starts(train, monkeypatch, capsys):
+def test_a_disk_without_room_is_said_before_the_run_starts(train_small, monkeypatch, capsys):
     usage = shutil.disk_usage(".")._replace(free=1 << 20)
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
-    assert train("--snapshot_interval=1", "--max_iters=20") == 2
-    assert "23 checkpoints take about 7 MiB and 1 are free" in capsys.readouterr().err
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage)
+    assert train_small("--snapshot_interval=1", "--max_iters=20") == 2
+    assert "23 checkpoints need about 7 MiB and 1 MiB are free" in capsys.readouterr().err
     assert not Path("run").exists()
-    assert train("--snapshot_interval=1", "--keep_snapshots=0", "--max_iters=1") == 2
+    assert train_small("--snapshot_interval=1", "--keep_snapshots=0", "--max_iters=1") == 2
 
 
-def test_a_resumed_run_needs_no_second_room_for_what_it_saved(train, resume, monkeypatch):
+def test_a_resumed_run_needs_no_second_room_for_what_it_saved(train_small, resume_run, monkeypatch):
     words = ("--snapshot_interval=5", "--max_iters=20")
-    assert train(*words) == 0
+    assert train_small(*words) == 0
     size = Path("run/ckpt.safetensors").stat().st_size
     usage = shutil.disk_usage(".")._replace(free=3 * size)
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
-    assert resume(*words) == 0
-    assert resume("--snapshot_interval=1", "--max_iters=40") == 2, "40 snapshots, and 4 are there"
-    assert train(*words) == 2, "the older run stays, and takes its room"
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage)
+    assert resume_run(*words) == 0
+    assert resume_run("--snapshot_interval=1", "--max_iters=40") == 2, (
+        "40 snapshots, and 4 are there"
+    )
+    assert train_small(*words) == 2, "the older run stays, and takes its room"

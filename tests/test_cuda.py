@@ -1,17 +1,13 @@
 """Promise: on a GPU everything is as on a CPU, but for rounding. Skipped where there is none."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import MODERN
-from test_kv_cache import LONG, SHAPES, generate, lively
+from conftest import MODERN, load
+from test_kv_cache import SHAPES, generated, lively
 from torch.nn import functional as F
 
-import checkpoint
 import sample
-from graphs import Captured
-from model import token_loss
+from folio.fast import token_loss
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -19,7 +15,7 @@ PLAIN = ("--dropout=0", "--compile=False")
 
 
 def state(run: str) -> tuple[dict, dict]:
-    return checkpoint.load(Path(run) / "ckpt.safetensors")
+    return load(f"{run}/ckpt.safetensors")
 
 
 def val_loss(run: str) -> float:
@@ -27,74 +23,52 @@ def val_loss(run: str) -> float:
 
 
 @pytest.mark.parametrize("parts", [(), MODERN])
-def test_float32_comes_to_the_loss_of_a_cpu(train, parts):
-    assert train(*PLAIN, *parts, "--out_dir=cpu") == 0
-    assert train(*PLAIN, *parts, f"--device={DEVICE}", "--out_dir=gpu") == 0
+def test_float32_comes_to_the_loss_of_a_cpu(train_small, parts):
+    assert train_small(*PLAIN, *parts, "--out_dir=cpu") == 0
+    assert train_small(*PLAIN, *parts, f"--device={DEVICE}", "--out_dir=gpu") == 0
     assert val_loss("gpu") == pytest.approx(val_loss("cpu"), abs=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 @pytest.mark.parametrize("compile", ["False", "True"])
-def test_half_precision_and_compiling_come_close(train, dtype, compile):
-    assert train(*PLAIN, *MODERN, "--out_dir=cpu") == 0
+def test_half_precision_and_compiling_come_close(train_small, dtype, compile):
+    assert train_small(*PLAIN, *MODERN, "--out_dir=cpu") == 0
     words = (f"--device={DEVICE}", f"--dtype={dtype}", f"--compile={compile}", "--out_dir=gpu")
-    assert train(*PLAIN, *MODERN, *words) == 0
+    assert train_small(*PLAIN, *MODERN, *words) == 0
     assert val_loss("gpu") == pytest.approx(val_loss("cpu"), abs=0.05)
 
 
-@pytest.mark.parametrize("compile", ["False", "True"])
-@pytest.mark.parametrize(
-    "parts", [(), MODERN, ("--micro_batch_size=2", "--dropout=0.1"), ("--dtype=float16",)]
-)
-def test_graphs_train_the_same(train, parts, compile):
-    words = (*PLAIN, f"--device={DEVICE}", "--dtype=bfloat16", *parts, f"--compile={compile}")
-    assert train(*words, "--out_dir=steps") == 0
-    assert train(*words, "--cuda_graphs", "--out_dir=graphs") == 0
-    assert val_loss("graphs") == pytest.approx(val_loss("steps"), abs=5e-3)
-
-
-def test_a_graph_draws_by_the_seed_of_its_call():
-    captured, x = Captured(lambda x: F.dropout(x, 0.5), DEVICE), torch.ones(1000, device=DEVICE)
-    drawn = []
-    for seed in (1, 2, 3, 4, 3):
-        torch.manual_seed(seed)
-        drawn.append(captured(x))
-        torch.manual_seed(seed)
-        assert torch.equal(drawn[-1], F.dropout(x, 0.5))
-    assert not torch.equal(drawn[2], drawn[3]) and torch.equal(drawn[2], drawn[4])
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_micro_batches_train_the_same(train, dtype):
+def test_micro_batches_train_the_same(train_small, dtype):
     words = (*PLAIN, f"--device={DEVICE}", f"--dtype={dtype}")
-    assert train(*words, "--out_dir=whole") == 0
-    assert train(*words, "--micro_batch_size=2", "--out_dir=parts") == 0
+    assert train_small(*words, "--out_dir=whole") == 0
+    assert train_small(*words, "--micro_batch_size=2", "--out_dir=parts") == 0
     assert val_loss("parts") == pytest.approx(val_loss("whole"), abs=5e-3)
 
 
-@pytest.mark.parametrize("graphs", ["False", "True"])
-def test_deterministic_runs_and_resumes_end_in_the_same_bits(train, resume, graphs):
+def test_deterministic_runs_and_resumes_end_in_the_same_bits(train_small, resume_run):
     words = (f"--device={DEVICE}", "--dtype=bfloat16", "--deterministic", *MODERN)
-    words += (f"--cuda_graphs={graphs}",)
-    assert train(*words, "--out_dir=one") == 0
-    assert train(*words, "--max_iters=10", "--lr_decay_iters=20") == 0
-    assert resume("--max_iters=20") == 0
+    assert train_small(*words, "--out_dir=one") == 0
+    assert train_small(*words, "--max_iters=10", "--lr_decay_iters=20") == 0
+    assert resume_run("--max_iters=20") == 0
     (one, _), (two, _) = state("one"), state("run")
     for name, tensor in one.items():
         assert name == "sha256" or torch.equal(tensor, two[name]), name
 
 
-def test_a_loss_that_is_no_number_ends_with_3(train, capsys):
+def test_a_loss_that_is_no_number_ends_with_3(train_small, capsys):
     words = ("--learning_rate=1e20", "--grad_clip=0", "--warmup_iters=3", "--max_iters=100")
-    assert train(f"--device={DEVICE}", "--schedule=constant", *words) == 3
+    assert train_small(f"--device={DEVICE}", "--schedule=constant", *words) == 3
     assert "training diverged" in capsys.readouterr().err
 
 
-def test_a_batch_that_does_not_fit_is_said(train, capsys, monkeypatch):
+def test_a_batch_that_does_not_fit_is_said(train_small, capsys, monkeypatch):
     words = ("--batch_size=4096", "--n_embd=512", "--block_size=256", "--compile=False")
-    monkeypatch.setattr("train.memory", lambda device: None)  # no refusal beforehand
+    monkeypatch.setattr(
+        "folio.machine.available_memory", lambda device: None
+    )  # no refusal beforehand
     hog = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device=DEVICE)
-    assert train(f"--device={DEVICE}", *words) == 2
+    assert train_small(f"--device={DEVICE}", *words) == 2
     assert "out of memory: use a smaller micro_batch_size" in capsys.readouterr().err
     del hog
 
@@ -118,24 +92,16 @@ def test_the_loss_is_cross_entropy():
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 def test_the_same_text_as_on_a_cpu_in_float64(config):
     model, idx = lively(config), torch.randint(65, (3, 10))
-    expected = generate(model, idx, 60, top_k=20, top_p=0.9)
+    expected = generated(model, idx, 60, top_k=20, top_p=0.9)
     model.to(DEVICE)
-    assert torch.equal(generate(model, idx.to(DEVICE), 60, top_k=20, top_p=0.9).cpu(), expected)
-
-
-@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
-def test_the_same_text_from_a_graph(config):
-    model, idx = lively(config).to(DEVICE), torch.randint(65, (3, 10)).to(DEVICE)
-    expected = generate(model, idx, LONG, top_k=20, top_p=0.9)
-    again = generate(model, idx, LONG, top_k=20, top_p=0.9, capture=lambda f: Captured(f, DEVICE))
-    assert torch.equal(again, expected)
+    assert torch.equal(generated(model, idx.to(DEVICE), 60, top_k=20, top_p=0.9).cpu(), expected)
 
 
 @pytest.mark.parametrize("parts", [MODERN, ("--n_head=4", "--n_kv_head=2")])
-def test_sample_speaks(train, capsys, parts):
-    assert train(*parts) == 0
+def test_sample_speaks(train_small, capsys, parts):
+    assert train_small(*parts) == 0
     capsys.readouterr()
-    for options in (("--dtype=auto",), ("--dtype=float32",), ("--cuda_graphs",)):
+    for options in (("--dtype=auto",), ("--dtype=float32",)):
         words = [f"--device={DEVICE}", *options, "--checkpoint=run", "--prompt=The"]
         assert sample.main([*words, "--num_samples=5", "--max_new_tokens=50"]) == 0
         assert capsys.readouterr().out.count("-" * 80) == 5

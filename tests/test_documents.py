@@ -109,7 +109,7 @@ def test_addresses(folder, capsys):
         url = f"http://127.0.0.1:{httpd.server_address[1]}"
         assert read(f"{url}/a.txt?v=1", f"{url}/x.jsonl.gz") == ["from afar", *read("lines.jsonl")]
         assert read(f"{url}/a.txt?v=1") == ["from afar"]
-        assert "was downloaded before" in capsys.readouterr().out
+        assert "using the earlier download of" in capsys.readouterr().out
         before = sorted(Path("data").rglob("*"))
         for path, (_, body) in NO_TEXTS.items():
             assert prepare.main(["--name=page", f"--input={url}{path}"]) == 2
@@ -155,7 +155,7 @@ def test_a_file_name_that_is_no_unicode(folder):
 def test_pieces_are_the_document_and_short(text, size):
     data = text.encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", size)
+        patch.setattr(documents, "PIECE_BYTES", size)
         pieces = list(Document(data, "x").pieces())
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= size for piece in pieces)
@@ -169,7 +169,7 @@ def test_pieces_give_the_tokens_of_the_whole(seed, monkeypatch):
         ["ab", "12", "!?", " ", "\n", "\r\n", "\u3000", "字"], k=500
     )
     text = "".join(words)
-    monkeypatch.setattr(documents, "PIECE", 200)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 200)
     tok = tokenizer.GPT2Tokenizer()
     pieces = list(Document(text.encode(), "x").pieces())
     ids = np.concatenate([tok.encode(piece) for piece in pieces])
@@ -238,7 +238,7 @@ def test_end_of_text_stands_between_documents(folder, kind):
 
 def test_the_same_input_gives_the_same_bins_for_any_number_of_workers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "PIECE", 5000)  # more batches than can be waiting
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 5000)  # more batches than can be waiting
     Path("own.txt").write_text("import asyncio")
     text = "\n".join(path.read_text("utf-8") for path in sorted(LIBRARY.glob("*.py")))
     for kind in ("char", "bpe"):
@@ -301,8 +301,8 @@ def test_normalize(folder, kind):
     assert tok.decode(tok.encode("cafe\u0301")) == "caf\u00e9", "a prompt takes the same form"
 
 
-def test_the_tokenizer_of_a_data_set_a_run_and_a_checkpoint(data_dir, train, capsys):
-    assert train("--max_iters=1", "--num_samples=0") == 0
+def test_the_tokenizer_of_a_data_set_a_run_and_a_checkpoint(data_dir, train_small, capsys):
+    assert train_small("--max_iters=1", "--num_samples=0") == 0
     Path("new.txt").write_text("the new text " * 40)
     small = bins.load(data_dir / "small")
     for place in (data_dir / "small", "run", "run/ckpt.safetensors"):
@@ -314,8 +314,8 @@ def test_the_tokenizer_of_a_data_set_a_run_and_a_checkpoint(data_dir, train, cap
     assert script.main([*argv, "--max_iters=2", "--num_samples=0", "--block_size=16"]) == 0
 
 
-def test_a_damaged_checkpoint_gives_no_tokenizer(train, capsys):
-    assert train("--max_iters=1", "--num_samples=0") == 0
+def test_a_damaged_checkpoint_gives_no_tokenizer(train_small, capsys):
+    assert train_small("--max_iters=1", "--num_samples=0") == 0
     path = Path("run/ckpt.safetensors")
     data = bytearray(path.read_bytes())
     place = re.search(rb'characters\\": \\"(.)', data).end()

@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from config import UserError
 from data import download
+from data.errors import UserError
 
 BODY = b"Now is the winter of our discontent\n" * 4000
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -11,10 +11,11 @@ from conftest import write_bins
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import model
-from config import UserError
 from data import bins, tokenizer
+from data.errors import UserError
+from folio import checkpoint, run_folder
+from folio.generation import generate
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -39,7 +40,7 @@ def test_random_bytes_as_a_checkpoint(data):
         path = Path(folder) / "ckpt.safetensors"
         path.write_bytes(data)
         load_or_refuse(checkpoint.load, path)
-        load_or_refuse(checkpoint.load_run, Path(folder))
+        load_or_refuse(run_folder.load_latest, Path(folder))
         load_or_refuse(tokenizer.stored_in, path)
 
 
@@ -60,7 +61,7 @@ def test_a_checkpoint_with_random_meta(meta):
         path = Path(folder) / "ckpt.safetensors"
         checkpoint.save(path, {"model.a": torch.zeros(2)}, meta)
         load_or_refuse(checkpoint.load, path)
-        load_or_refuse(checkpoint.load_run, Path(folder))
+        load_or_refuse(run_folder.load_latest, Path(folder))
 
 
 META_FIELDS = ["format", "dtype", "vocab_size", "tokenizer", "splits", "train", "val", "tokens"]
@@ -127,8 +128,8 @@ def test_random_tokenizers(meta):
 @given(st.binary(max_size=60))
 def test_random_bytes_as_runs_record(data):
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / checkpoint.RECORD).write_bytes(data)
-        load_or_refuse(checkpoint.load_run, Path(folder))
+        (Path(folder) / run_folder.RECORD).write_bytes(data)
+        load_or_refuse(run_folder.load_latest, Path(folder))
 
 
 @quick
@@ -140,8 +141,8 @@ def test_the_likeliest_id_three_ways(seed, vocab_size):
     gpt = model.GPT(config).eval()
     idx = torch.randint(vocab_size, (2, 5))
     uniforms = torch.from_numpy(np.random.default_rng(seed).random((2, 6)))
-    by_top_k = torch.stack(list(gpt.generate(idx, uniforms, top_k=1)))
-    greedy = torch.stack(list(gpt.generate(idx, uniforms, temperature=0)))
+    by_top_k = torch.stack(list(generate(gpt, idx, uniforms, top_k=1)))
+    greedy = torch.stack(list(generate(gpt, idx, uniforms, temperature=0)))
     assert torch.equal(by_top_k, greedy)
     assert torch.equal(greedy[0], gpt(idx)[0][:, -1].argmax(-1))
 

@@ -11,19 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODERN, needs_gpt2_vocabulary, script
+from conftest import MODERN, load, needs_gpt2_vocabulary, script
 
-import checkpoint
 import convert
 import sample
 import train as training
 from data import tokenizer
-from model import GPT, config_from_gpt2
+from data.errors import UserError
+from folio import gpt2, run_folder
+from folio.checkpoint import build_model
+from folio.generation import generate, generate_texts
+from model import GPT
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 50257}
-CPU = torch.device("cpu")
+
+
+def load_model(name) -> tuple[GPT, dict]:
+    ckpt = run_folder.open_checkpoint(str(name))
+    return build_model(ckpt), ckpt.meta
 
 
 def save_gpt2(folder: Path, **about) -> "transformers.GPT2LMHeadModel":
@@ -69,7 +76,7 @@ def no_dropout(model):
 )
 def test_logits_loss_gradients_and_adamw_agree(folder, dtype, logits_within, within):
     theirs = no_dropout(theirs_of(folder, dtype))
-    ours = GPT.from_pretrained(folder).to(dtype)
+    ours = load_model(folder)[0].to(dtype)
     names = {name.removeprefix("transformer."): p for name, p in theirs.named_parameters()}
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-4, eps=1e-4) for m in (ours, theirs)]
     idx, targets = batch()
@@ -102,7 +109,7 @@ def test_logits_loss_gradients_and_adamw_agree(folder, dtype, logits_within, wit
 def test_gpt2s_own_size(tmp_path):
     """124 million parameters."""
     theirs = save_gpt2(tmp_path, n_layer=12, n_head=12, n_embd=768, n_positions=1024)
-    ours = GPT.from_pretrained(tmp_path)
+    ours = load_model(tmp_path)[0]
     assert ours.n_params() == 124_439_808
     idx, _ = batch(shape=(1, 40))
     with torch.no_grad():
@@ -120,7 +127,7 @@ def test_the_files_of_the_hub_have_other_names(folder, tmp_path):
     tensors = {name: t.clone() for name, t in tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(folder / "config.json", tmp_path)
-    one, other = GPT.from_pretrained(folder), GPT.from_pretrained(tmp_path)
+    one, other = load_model(folder)[0], load_model(tmp_path)[0]
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
@@ -129,16 +136,16 @@ def test_the_files_of_the_hub_have_other_names(folder, tmp_path):
     [
         (lambda t, a: t.pop("transformer.h.1.ln_2.bias"), "tensor h.1.ln_2.bias is missing"),
         (lambda t, a: t.update(extra=torch.zeros(1)), "unknown tensor extra"),
-        (lambda t, a: a.update(n_positions=16), r"wpe.weight gives shape \(32, 32\), not"),
-        (lambda t, a: a.update(activation_function="relu"), "function=relu is not known"),
-        (lambda t, a: a.update(scale_attn_by_inverse_layer_idx=True), "this model has False"),
-        (lambda t, a: a.update(model_type="llama"), "model_type=llama, but this model has gpt2"),
-        (lambda t, a: a.pop("n_head"), "n_head is missing"),
-        (lambda t, a: a.update(n_head=3), "n_embd=32 does not divide"),
-        (lambda t, a: a.update(n_layer=-1), "sizes must be in"),
-        (lambda t, a: a.update(n_layer=10**8), "28 tensors are not n_layer=100000000"),
-        (lambda t, a: a.update(n_embd=10**8), r"gives shape \(.*\), not \("),
-        (lambda t, a: a.update(n_embd=2 * 10**30), "sizes must be in"),
+        (lambda t, a: a.update(n_positions=16), r"wpe.weight is \(32, 32\), not"),
+        (lambda t, a: a.update(activation_function="relu"), "activation_function=relu, whi"),
+        (lambda t, a: a.update(scale_attn_by_inverse_layer_idx=True), "idx=True; only False"),
+        (lambda t, a: a.update(model_type="llama"), "model_type=llama; only gpt2 is supported"),
+        (lambda t, a: a.pop("n_head"), "config.json lacks n_head"),
+        (lambda t, a: a.update(n_head=3), "n_embd=32 is not a multiple"),
+        (lambda t, a: a.update(n_layer=-1), "a size that is not in"),
+        (lambda t, a: a.update(n_layer=10**8), "28 tensors are too few for n_layer"),
+        (lambda t, a: a.update(n_embd=10**8), r"is \(.*\), not \("),
+        (lambda t, a: a.update(n_embd=2 * 10**30), "a size that is not in"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(folder, tmp_path, capsys, change, says):
@@ -149,16 +156,16 @@ def test_what_does_not_fit_is_named(folder, tmp_path, capsys, change, says):
     change(tensors, about)
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(sample.UserError, match=says):
-        sample.load_model(str(tmp_path), CPU)
+    with pytest.raises(UserError, match=says):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"[]", b"7", b"{", b"\xff", b"[" * 100_000])
 def test_a_config_that_is_none_is_refused(folder, tmp_path, text):
     shutil.copytree(folder, tmp_path / "odd")
     (tmp_path / "odd/config.json").write_bytes(text)
-    with pytest.raises(sample.UserError, match="is no model that can be used"):
-        sample.load_model(str(tmp_path / "odd"), CPU)
+    with pytest.raises(UserError, match="is not a usable model"):
+        load_model(tmp_path / "odd")
 
 
 def test_truncated_weights_are_refused(folder, tmp_path):
@@ -166,8 +173,8 @@ def test_truncated_weights_are_refused(folder, tmp_path):
     data = (folder / "model.safetensors").read_bytes()
     for length in (0, 5, 8, 100, len(data) // 2, len(data) - 1):
         (tmp_path / "cut/model.safetensors").write_bytes(data[:length])
-        with pytest.raises(sample.UserError, match="is no model that can be used"):
-            sample.load_model(str(tmp_path / "cut"), CPU)
+        with pytest.raises(UserError, match="is not a usable model"):
+            load_model(tmp_path / "cut")
 
 
 # ---- out to transformers ------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def test_truncated_weights_are_refused(folder, tmp_path):
 def test_out_and_in_again_is_bit_identical(folder, tmp_path):
     assert convert.main([str(folder), str(tmp_path / "out")]) == 0
     assert convert.main([str(tmp_path / "out"), str(tmp_path / "again")]) == 0
-    one, other = GPT.from_pretrained(folder), GPT.from_pretrained(tmp_path / "again")
+    one, other = load_model(folder)[0], load_model(tmp_path / "again")[0]
     assert one.config == other.config
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     for name in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):
@@ -186,9 +193,9 @@ def test_out_and_in_again_is_bit_identical(folder, tmp_path):
 
 
 def greedy(name: str, prompt: str, count: int) -> list[int]:
-    model, meta = sample.load_model(name, CPU)
+    model, meta = load_model(name)
     ids = tokenizer.load(meta["tokenizer"]).encode(prompt).astype(np.int64)
-    drawn = model.generate(torch.from_numpy(ids)[None], torch.zeros(1, count), temperature=0)
+    drawn = generate(model, torch.from_numpy(ids)[None], torch.zeros(1, count), temperature=0)
     return [int(i) for i in drawn]
 
 
@@ -196,7 +203,7 @@ def greedy(name: str, prompt: str, count: int) -> list[int]:
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_exported_run_says_the_same_in_transformers(
-    train, data_dir, tmp_path, text, monkeypatch, kind, bias
+    train_small, data_dir, tmp_path, text, monkeypatch, kind, bias
 ):
     import prepare
 
@@ -204,11 +211,11 @@ def test_an_exported_run_says_the_same_in_transformers(
     vocab = ["--vocab_size=400"] if kind == "bpe" else []
     assert prepare.main(["--name=mine", "--input=text.txt", f"--tokenizer={kind}", *vocab]) == 0
     options = ("--dataset=mine", "--data_dir=data", f"--bias={bias}", "--num_samples=0")
-    assert train(*options, "--max_iters=5") == 0
+    assert train_small(*options, "--max_iters=5") == 0
     assert convert.main(["run", "hf"]) == 0
     tok = transformers.AutoTokenizer.from_pretrained("hf")
     model = transformers.AutoModelForCausalLM.from_pretrained("hf").eval()
-    ours, meta = sample.load_model("run", CPU)
+    ours, meta = load_model("run")
     own = tokenizer.load(meta["tokenizer"])
     for words in (text[:3000], "naïve 日本 \n\n\t x=1 don't <s>", " ", "a  b   c"):
         assert tok.encode(words) == own.encode(words).tolist(), words
@@ -224,26 +231,26 @@ def test_an_exported_run_says_the_same_in_transformers(
     assert said[0, ids.shape[1] :].tolist() == greedy("run", "The", 10) == greedy("hf", "The", 10)
 
 
-def test_characters_and_bigrams(train, capsys):
+def test_characters_and_bigrams(train_small, capsys):
     """A model of characters goes out, its tokenizer in our own file alone; a bigram does not."""
-    assert train("--max_iters=2", "--num_samples=0") == 0
+    assert train_small("--max_iters=2", "--num_samples=0") == 0
     assert convert.main(["run", "hf"]) == 0
     assert not Path("hf/vocab.json").exists()
     assert sample.main(["--checkpoint=hf", "--prompt=The", "--max_new_tokens=5"]) == 0
     assert convert.main(["run", "hf"]) == 2
-    assert "hf is there already" in capsys.readouterr().err
-    assert train("--max_iters=2", "--num_samples=0", "--model=bigram", "--out_dir=two") == 0
+    assert "hf exists already" in capsys.readouterr().err
+    assert train_small("--max_iters=2", "--num_samples=0", "--model=bigram", "--out_dir=two") == 0
     assert convert.main(["two", "hf2"]) == 2
-    assert "bigram model, which transformers does not have" in capsys.readouterr().err
+    assert "bigram model, which transformers lacks" in capsys.readouterr().err
     assert not list(Path().glob("hf2*"))
 
 
-def test_newer_parts_are_refused_by_name(train, capsys):
-    assert train("--max_iters=1", "--num_samples=0", *MODERN) == 0
+def test_newer_parts_are_refused_by_name(train_small, capsys):
+    assert train_small("--max_iters=1", "--num_samples=0", *MODERN) == 0
     assert convert.main(["run", "hf"]) == 2
     err = capsys.readouterr().err
     assert "norm=rmsnorm, rotary=True, qk_norm=True, n_kv_head=1, conv=3, " in err
-    assert "activation=relu2; only what GPT-2 has" in err and err.count("\n") == 1
+    assert "activation=relu2; only GPT-2's parts" in err and err.count("\n") == 1
     assert not list(Path().glob("hf*"))
 
 
@@ -265,8 +272,8 @@ def test_finetuning_with_a_cropped_block_and_a_padded_vocabulary(folder, gpt2_da
     argv = [*gpt2_data, f"--init_from={folder}", "--block_size=16", "--vocab_size=50304"]
     argv += ["--batch_size=2", "--max_iters=2", "--num_samples=0", "--learning_rate=1e-30"]
     assert training.main([*argv, "--out_dir=tuned"]) == 0
-    tensors, meta = checkpoint.load(Path("tuned/ckpt.safetensors"))
-    original = GPT.from_pretrained(folder)
+    tensors, meta = load("tuned/ckpt.safetensors")
+    original = load_model(folder)[0]
     assert torch.equal(tensors["model.wpe.weight"], original.wpe.weight[:16])
     wte = tensors["model.wte.weight"]
     assert wte.shape == (50304, 32) and torch.equal(wte[:50257], original.wte.weight)
@@ -304,14 +311,16 @@ def test_evaluation_is_that_of_transformers(folder, gpt2_data, capsys):
 
 @needs_gpt2_vocabulary
 def test_padded_ids_are_never_drawn(folder, gpt2_data):
+    """They would have no text to decode to."""
     argv = [*gpt2_data, f"--init_from={folder}", "--vocab_size=60000", "--batch_size=2"]
     assert training.main([*argv, "--max_iters=1", "--num_samples=0", "--out_dir=tuned"]) == 0
-    model, meta = sample.load_model("tuned", CPU)
+    model, meta = load_model("tuned")
     with torch.no_grad():
         model.wte.weight[50257:] *= 1e4  # were they possible, they would be likely
     tok = tokenizer.load(meta["tokenizer"])
-    options = sample.SampleConfig(max_new_tokens=20, num_samples=5, temperature=5.0, top_k=60000)
-    list(sample.complete(model, [sample.TextStream(tok)], tok.encode("a"), options))
+    options = sample.SampleConfig(max_new_tokens=20, temperature=5.0, top_k=60000)
+    texts = generate_texts(model, tok, tok.encode("a"), options, range(5), lambda _: None)
+    assert all(len(text.ids) == 20 and max(text.ids) < 50257 for text in texts)
 
 
 # ---- in from nanoGPT ----------------------------------------------------------------------------
@@ -352,7 +361,7 @@ def test_a_nanogpt_checkpoint_becomes_one_of_ours(
     argv = ["ckpt.pt", "out/imported", "--dataset=small", f"--data_dir={data_dir}"]
     assert convert.main(argv) == 0
     assert "validation loss 1.5000 by nanoGPT" in capsys.readouterr().out
-    ours, meta = sample.load_model("out/imported", CPU)
+    ours, meta = load_model("out/imported")
     assert meta["progress"]["iter_num"] == 2000 and ours.config.activation == "gelu"
     idx, _ = batch(vocab_size, (2, 16))
     with torch.no_grad():
@@ -412,8 +421,8 @@ def test_the_wrong_tokenizer_for_a_nanogpt_checkpoint(tmp_path, capsys):
 # ---- sample.py ----------------------------------------------------------------------------------
 
 
-def test_interactive(train, tmp_path):
-    assert train("--max_iters=2", "--num_samples=0") == 0
+def test_interactive(train_small, tmp_path):
+    assert train_small("--max_iters=2", "--num_samples=0") == 0
     argv = ["--checkpoint=run", "--interactive", "--max_new_tokens=5", "--device=cpu"]
     done = script("sample.py", *argv, cwd=tmp_path, input="The\n日\n\nThe\n")
     assert done.returncode == 0, done.stderr
@@ -426,5 +435,5 @@ def test_interactive(train, tmp_path):
 
 def test_configs_of_gpt2_do_not_name_what_is_not_there():
     about = transformers.GPT2Config().to_dict()
-    config = config_from_gpt2(about)
+    config = gpt2.config_from_gpt2(about)
     assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (12, 12, 768, 1024)

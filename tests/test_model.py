@@ -11,18 +11,17 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_py
-from config import UserError, build
+from data.errors import UserError
+from folio import fast
+from folio.fast import MATMUL_ATTENTION_BLOCK, Dropout, token_loss
+from folio.options import build_options
 from model import (
     GPT,
-    LONGEST_WRITTEN_OUT,
     Bigram,
-    Dropout,
     GPTConfig,
-    attend,
-    rotary_turns,
+    attention,
+    rope_cos_sin,
     rotate,
-    token_loss,
 )
 
 SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65)
@@ -141,9 +140,9 @@ def test_positions_matter(config):
 
 def test_rotary_positions_are_relative():
     """The product of a query and a key depends on how far apart they stand, and on that."""
-    turns = rotary_turns(torch.arange(50), head_dim=16)
+    rope = rope_cos_sin(torch.arange(50), head_dim=16)
     q, k = (torch.randn(1, 1, 1, 16).expand(1, 50, 1, 16) for _ in range(2))
-    products = rotate(q, turns)[0, :, 0] @ rotate(k, turns)[0, :, 0].T  # (50, 50)
+    products = rotate(q, rope)[0, :, 0] @ rotate(k, rope)[0, :, 0].T  # (50, 50)
     for distance in (0, 1, 30):
         on_diagonal = products.diagonal(distance)
         assert torch.allclose(on_diagonal, on_diagonal[:1].expand_as(on_diagonal), atol=1e-4)
@@ -204,12 +203,12 @@ def test_heads_share_keys_and_values():
     assert torch.allclose(few(idx)[0], many(idx)[0])
 
 
-@pytest.mark.parametrize("T", [1, 10, 64, LONGEST_WRITTEN_OUT + 1])
+@pytest.mark.parametrize("T", [1, 10, 64, MATMUL_ATTENTION_BLOCK + 1])
 def test_attention_in_bfloat16_is_attention(T):
-    """Written out on a CPU, or in float32 where it is long; with its gradient."""
-    qkv = torch.randn(3, 1, T, 4, 32).bfloat16()
+    """By matrix products, or by SDPA where it is long; with its gradient."""
+    qkv = torch.randn(3, 1, 4, T, 32).bfloat16()
     halves, exact = (x.clone().requires_grad_() for x in (qkv, qkv.float()))
-    y, expected = attend(*halves), attend(*exact)
+    y, expected = attention(*halves), attention(*exact)
     assert y.dtype == torch.bfloat16
     assert torch.allclose(y.float(), expected, atol=0.03)
     weights = torch.randn_like(expected)
@@ -235,7 +234,7 @@ def test_the_loss_is_cross_entropy_whatever_is_held_at_a_time(
     monkeypatch, at_a_time, dtype, within
 ):
     """Its gradients too: those of torch's own."""
-    monkeypatch.setitem(model_py.LOGITS_AT_A_TIME, "cpu", at_a_time)
+    monkeypatch.setitem(fast.CHUNK_LOGITS, "cpu", at_a_time)
     x, weight = torch.randn(2, 7, 16).double(), torch.randn(300, 16).double()
     x, weight = (p.to(dtype).requires_grad_() for p in (x, weight))
     targets = torch.randint(300, (2, 7))
@@ -312,10 +311,10 @@ def test_flops_per_token_are_what_torch_counts(config):
 
 
 def test_a_width_that_does_not_divide_among_the_heads_is_refused():
-    with pytest.raises(UserError, match="n_embd=100 does not divide among n_head=3"):
-        build(GPTConfig, {"n_embd": 100, "n_head": 3})
-    with pytest.raises(UserError, match="n_head=4 does not divide by n_kv_head=3, but by 1, 2, 4"):
-        build(GPTConfig, {"n_head": 4, "n_kv_head": 3})
+    with pytest.raises(UserError, match="n_embd=100 is not a multiple of n_head=3"):
+        build_options(GPTConfig, {"n_embd": 100, "n_head": 3})
+    with pytest.raises(UserError, match="not a multiple of n_kv_head=3; use one of 1, 2, 4"):
+        build_options(GPTConfig, {"n_head": 4, "n_kv_head": 3})
 
 
 @needs_shakespeare

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalize
+from folio.optim import Muon, orthogonalize
 
 SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128), (32, 32)]
 

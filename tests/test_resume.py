@@ -6,14 +6,16 @@ evaluations come and go, and an epoch ends.
 
 import csv
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODERN, SMALL
+from conftest import MODERN, SMALL, after_backward, load
 
-import checkpoint
 import train as script
+from folio import checkpoint, machine, run_folder
+from folio import run as run_module
 
 ITERS = 20
 OPTIONS = [
@@ -28,8 +30,8 @@ class Ledger:
     """What every update drew, (iter_num, starts), and its loss to the last bit."""
 
     def __init__(self, monkeypatch):
-        self.rows, self.recording = [], False
-        window, update = script.bins.window, script.update
+        self.rows, self.recording, self.run = [], False, None
+        window, update, build_run = script.bins.window, script.update, script.build_run
 
         def watched_window(seed, n, n_tokens, block_size):
             starts = window(seed, n, n_tokens, block_size)
@@ -38,21 +40,28 @@ class Ledger:
             return starts
 
         def watched_update(run):
+            if run is not self.run:  # a trial, to time it
+                return update(run)
             self.recording = True
             loss, norm = update(run)
             self.recording = False
             self.rows.append((run.progress.iter_num, loss.item().hex(), norm.item().hex()))
             return loss, norm
 
+        def watched_build(*args):
+            self.run = build_run(*args)
+            return self.run
+
         monkeypatch.setattr(script.bins, "window", watched_window)
         monkeypatch.setattr(script, "update", watched_update)
+        monkeypatch.setattr(script, "build_run", watched_build)
 
 
 def state(folder: Path) -> dict:
     """All of a run's folder that must not depend on whether it was interrupted."""
     files = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        tensors, meta = checkpoint.load(path)
+        tensors, meta = load(path)
         progress = {k: v for k, v in meta["progress"].items() if k not in CLOCKS}
         files[str(path.relative_to(folder))] = (progress, tensors)
     with open(folder / "metrics.csv", newline="") as file:
@@ -111,23 +120,23 @@ def test_resumed_from_any_iteration(whole, tmp_path, monkeypatch, iter_num):
 def leave_out_moments(monkeypatch):
     restore = checkpoint.restore
 
-    def mutant(params, tensors, prefix, path):
+    def mutant(ckpt, prefix, params):
         if prefix != "optimizer.":
-            restore(params, tensors, prefix, path)
+            restore(ckpt, prefix, params)
 
     monkeypatch.setattr(checkpoint, "restore", mutant)
 
 
 def change_progress(field: str, change):
     def mutate(monkeypatch):
-        make_run = script.make_run
+        build_run = script.build_run
 
         def mutant(*args):
-            run = make_run(*args)
+            run = build_run(*args)
             setattr(run.progress, field, change(getattr(run.progress, field)))
             return run
 
-        monkeypatch.setattr(script, "make_run", mutant)
+        monkeypatch.setattr(script, "build_run", mutant)
 
     return mutate
 
@@ -158,18 +167,18 @@ def test_a_state_restored_wrongly_would_be_noticed(whole, tmp_path, monkeypatch,
 
 def test_stopping_in_the_middle_of_an_evaluation(whole, data_dir, tmp_path, monkeypatch):
     """What was not finished is done when the run goes on, and no bit differs."""
-    evaluate, seen = script.evaluate, []
+    split_loss, calls = run_module.split_loss, []
 
-    def interrupted(run, split, max_tokens):
-        seen.append(split)
-        if len(seen) == 4:  # the second split of the second evaluation
-            script.signal.raise_signal(script.signal.SIGTERM)
-        return evaluate(run, split, max_tokens)
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:  # the second split of the second evaluation
+            signal.raise_signal(signal.SIGTERM)
+        return split_loss(*args)
 
-    monkeypatch.setattr(script, "evaluate", interrupted)
+    monkeypatch.setattr(run_module, "split_loss", interrupted)
     argv = [*SMALL, *OPTIONS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
     assert script.main(argv) == 143
-    _, meta = checkpoint.load(tmp_path / "run/ckpt.safetensors")
+    _, meta = load(tmp_path / "run/ckpt.safetensors")
     assert meta["progress"]["iter_num"] == 10 and meta["progress"]["eval_iter"] == 5
     assert script.main(["--init_from=resume", f"--out_dir={tmp_path / 'run'}"]) == 0
     assert same(state(tmp_path / "run"), whole[1])
@@ -184,15 +193,15 @@ def test_killed_between_a_save_and_its_other_names(
     class Killed(BaseException):
         pass
 
-    link = checkpoint._link
+    link = run_folder._link
 
     def killed(out_dir, source, target):
-        _, meta = checkpoint.load(source)
+        _, meta = load(source)
         if target == out_dir / missing and meta["progress"]["iter_num"] == iter_num:
             raise Killed
         link(out_dir, source, target)
 
-    monkeypatch.setattr(checkpoint, "_link", killed)
+    monkeypatch.setattr(run_folder, "_link", killed)
     argv = [*SMALL, *OPTIONS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
     with pytest.raises(Killed):
         script.main(argv)
@@ -205,71 +214,70 @@ gpt2_and_modern = pytest.mark.parametrize("parts", [[], MODERN], ids=["gpt2", "m
 
 
 @gpt2_and_modern
-def test_float16s_scaler_goes_on_too(train, resume, monkeypatch, parts):
+def test_float16s_scaler_goes_on_too(train_small, resume_run, monkeypatch, parts):
     """On CPU, where the scaler and its arithmetic work as on CUDA, though slowly."""
     float16_on_cpu(monkeypatch)
     options = ["--dtype=float16", "--max_iters=8", *parts]
-    assert train(*options, "--eval_interval=8", "--out_dir=whole") == 0
-    assert train(*options, "--eval_interval=4", "--snapshot_interval=4") == 0
-    assert resume("--checkpoint=run/snapshots/iter_000004.safetensors") == 0
-    one, meta = checkpoint.load(Path("whole/ckpt.safetensors"))
-    other, other_meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert train_small(*options, "--eval_interval=8", "--out_dir=whole") == 0
+    assert train_small(*options, "--eval_interval=4", "--snapshot_interval=4") == 0
+    assert resume_run("--checkpoint=run/snapshots/iter_000004.safetensors") == 0
+    one, meta = load("whole/ckpt.safetensors")
+    other, other_meta = load("run/ckpt.safetensors")
     assert meta["scaler"] == other_meta["scaler"] and meta["scaler"]["_growth_tracker"] > 0
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def float16_on_cpu(monkeypatch):
-    choose_machine = script.choose_machine
+    """Have float16 accepted on a CPU."""
+    resolve = machine.resolve_machine
 
-    def mutant(cfg, threads):
-        chosen = choose_machine(script.replace(cfg, dtype="float32"), threads)
-        return script.replace(chosen, dtype=cfg.dtype)
+    def mutant(device, dtype, compile):
+        device, _, compile = resolve(device, "float32", compile)
+        return device, dtype, compile
 
-    monkeypatch.setattr(script, "choose_machine", mutant)
+    monkeypatch.setattr(machine, "resolve_machine", mutant)
 
 
 @gpt2_and_modern
 @pytest.mark.parametrize("clip", [0, 1])
-def test_an_overflow_in_float16_skips_all_of_the_update(train, monkeypatch, parts, clip):
+def test_an_overflow_in_float16_skips_all_of_the_update(train_small, monkeypatch, parts, clip):
     """Both optimizers, whichever of their gradients is not finite; the next update goes on."""
     float16_on_cpu(monkeypatch)
-    forward_backward, seen = script.forward_backward, []
+    states = []
 
-    def overflowing(run, n, count):
-        loss = forward_backward(run, n, count)
-        state = {**dict(run.model.named_parameters()), **script.optimizer_tensors(run)}
-        seen.append({name: tensor.detach().clone() for name, tensor in state.items()})
+    def overflow(run):
+        state = {**dict(run.model.named_parameters()), **run.optimizer_tensors()}
+        states.append({name: tensor.detach().clone() for name, tensor in state.items()})
         if run.progress.iter_num == 3:
-            run.model.lm_head.weight.grad[0, 0] = float("inf")
-        return loss
+            run.model.wte.weight.grad[0, 0] = float("inf")
 
-    monkeypatch.setattr(script, "forward_backward", overflowing)
+    after_backward(monkeypatch, overflow)
     options = ["--dtype=float16", "--max_iters=6", f"--grad_clip={clip}", *parts]
-    assert train(*options) == 0
-    before, after, later = seen[-3:]
+    assert train_small(*options) == 0
+    before, after, later = states[-3:]
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(t.isfinite().all() for t in later.values())
     assert not torch.equal(after["h.0.mlp.c_fc.weight"], later["h.0.mlp.c_fc.weight"])
 
 
 @gpt2_and_modern
-def test_with_float16_no_update_follows_a_divergence(train, monkeypatch, parts):
+def test_with_float16_no_update_follows_a_divergence(train_small, monkeypatch, parts):
     float16_on_cpu(monkeypatch)
-    forward_backward, weights = script.forward_backward, []
+    weights, update = [], script.update
 
-    def broken(run, n, count):
-        table = run.model.wte.weight.data
-        kept = table.clone()
-        weights.append(kept)
+    def broken(run):
+        weights.append(run.model.wte.weight.detach().clone())
         if run.progress.iter_num == 3:
-            table.fill_(float("inf"))
-        loss = forward_backward(run, n, count)
-        table.copy_(kept)
-        return loss
+            run.model.wte.weight.data.fill_(float("inf"))
+        return update(run)
 
-    monkeypatch.setattr(script, "forward_backward", broken)
+    def mend(table):
+        table.copy_(weights[-1])
+
+    monkeypatch.setattr(script, "update", broken)
+    after_backward(monkeypatch, lambda run: mend(run.model.wte.weight.data))
     options = ["--dtype=float16", "--max_iters=8", "--eval_interval=8", "--log_interval=8"]
-    assert train(*options, *parts) == 3
+    assert train_small(*options, *parts) == 3
     before_three, *later = weights[-5:]
     assert not torch.equal(weights[-6], before_three)
     assert all(torch.equal(table, before_three) for table in later)

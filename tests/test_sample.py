@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 
 import sample
 from data import tokenizer
-from model import GPT, GPTConfig, choose, draw, token_probs
-from sample import SampleConfig, TextStream, complete
+from folio import checkpoint, generation, machine, run_folder
+from folio.generation import (
+    TextStream,
+    encode_prompt,
+    generate,
+    generate_texts,
+    inverse_cdf,
+    sample_token,
+    token_probs,
+)
+from model import GPT, GPTConfig
+from sample import SampleConfig
 
 
 @pytest.fixture(scope="module")
@@ -39,30 +49,30 @@ def say(capsys, run_dir, *argv, status=0):
 # ---- from logits to an id
 
 
-def chosen(logits, *options):
-    """The ids that 10,000 evenly spaced draws choose."""
+def drawn(logits, *options):
+    """The ids that 10,000 evenly spaced uniforms give."""
     grid = (torch.arange(10_000) + 0.5) / 10_000
-    return set(choose(logits.expand(10_000, -1), grid, *options).tolist())
+    return set(sample_token(logits.expand(10_000, -1), grid, *options).tolist())
 
 
 def test_top_k_keeps_k():
     logits = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
-    assert chosen(logits, 1.0, 2, 1.0) == {1, 3}
-    assert chosen(logits, 1.0, 9, 1.0) == {0, 1, 2, 3}
-    assert len(chosen(torch.zeros(1, 9), 1.0, 3, 1.0)) == 3
+    assert drawn(logits, 1.0, 2, 1.0) == {1, 3}
+    assert drawn(logits, 1.0, 9, 1.0) == {0, 1, 2, 3}
+    assert len(drawn(torch.zeros(1, 9), 1.0, 3, 1.0)) == 3
 
 
 def test_top_p_keeps_the_smallest_set_that_holds_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for p, kept in [(0.4, 1), (0.5, 1), (0.51, 2), (0.79, 2), (0.94, 3), (0.96, 4), (1e-9, 1)]:
-        assert chosen(logits, 1.0, None, p) == set(range(kept)), p
+        assert drawn(logits, 1.0, None, p) == set(range(kept)), p
 
 
 def test_top_p_counts_within_top_k():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     # of the two that top_k leaves, the first holds 0.625
-    assert chosen(logits, 1.0, 2, 0.6) == {0}
-    assert chosen(logits, 1.0, 2, 0.7) == {0, 1}
+    assert drawn(logits, 1.0, 2, 0.6) == {0}
+    assert drawn(logits, 1.0, 2, 0.7) == {0, 1}
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1.0, 100.0, 1e300])
@@ -76,7 +86,7 @@ def test_draw_follows_the_probabilities(seed):
     rng = np.random.default_rng(seed)
     probs = torch.from_numpy(rng.dirichlet(np.full(20, 0.3)))[None]
     grid = (torch.arange(10_000) + 0.5) / 10_000
-    ids = draw(probs.expand(10_000, -1), grid)
+    ids = inverse_cdf(probs.expand(10_000, -1), grid)
     shares = ids.bincount(minlength=20) / 10_000
     assert (shares - probs[0]).abs().max() < 2e-4
 
@@ -84,7 +94,7 @@ def test_draw_follows_the_probabilities(seed):
 def test_draw_never_takes_what_has_no_probability():
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     for u in (0.0, 0.4999, 0.5, math.nextafter(1, 0), 1.0):
-        assert draw(probs, torch.tensor([u], dtype=torch.float64)).item() in (1, 3), u
+        assert inverse_cdf(probs, torch.tensor([u], dtype=torch.float64)).item() in (1, 3), u
 
 
 def test_ids_without_a_token_are_never_drawn():
@@ -97,7 +107,9 @@ def test_ids_without_a_token_are_never_drawn():
     for temperature in (0, 1.0):
         ids = torch.stack(
             list(
-                model.generate(torch.zeros(4, 1, dtype=torch.long), uniforms, temperature, n_ids=10)
+                generate(
+                    model, torch.zeros(4, 1, dtype=torch.long), uniforms, temperature, n_ids=10
+                )
             )
         )
         assert ids.shape == (50, 4) and ids.max() < 10
@@ -162,13 +174,12 @@ def test_the_same_seed_the_same_text(capsys, run_dir):
 
 
 def test_a_sample_does_not_depend_on_how_many_there_are(run_dir):
-    model, meta = sample.load_model(str(run_dir / "best.safetensors"), torch.device("cpu"))
-    tok = tokenizer.load(meta["tokenizer"])
+    ckpt = run_folder.open_checkpoint(str(run_dir / "best.safetensors"))
+    model, tok = checkpoint.build_model(ckpt), tokenizer.load(ckpt.meta["tokenizer"])
     options = SampleConfig(max_new_tokens=40)
     texts = []
-    for numbers in (range(5), range(1), range(3, 5)):
-        streams = [TextStream(tok) for _ in numbers]
-        list(complete(model, streams, tok.encode("a"), options, numbers.start))
+    for samples in (range(5), range(1), range(3, 5)):
+        streams = generate_texts(model, tok, tok.encode("a"), options, samples, lambda _: None)
         texts.append([stream.take() for stream in streams])
     assert texts[1] == texts[0][:1] and texts[2] == texts[0][3:] and len(set(texts[0])) == 5
 
@@ -203,7 +214,7 @@ def test_prompts_from_everywhere(capsys, run_dir, tmp_path):
 def test_a_prompt_longer_than_the_block_is_cropped_and_said(capsys, run_dir):
     prompt = "the first words of this "
     said = say(capsys, run_dir, f"--prompt={prompt}", "--max_new_tokens=30", "--temperature=0")
-    assert "of the prompt's 24 tokens the model sees the last 16" in said.err
+    assert "the prompt has 24 tokens; the model sees the last 16" in said.err
     cropped = say(
         capsys, run_dir, f"--prompt={prompt[-16:]}", "--max_new_tokens=30", "--temperature=0"
     )
@@ -212,9 +223,9 @@ def test_a_prompt_longer_than_the_block_is_cropped_and_said(capsys, run_dir):
 
 def test_an_empty_prompt_begins_somewhere():
     chars = tokenizer.CharTokenizer("\nab")
-    assert sample.start_ids(chars, "", 0).tolist() == [0]
-    drawn = [sample.start_ids(tokenizer.CharTokenizer("abc"), "", s)[0] for s in range(20)]
-    assert set(drawn) == {0, 1, 2}
+    assert encode_prompt(chars, "", 0).tolist() == [0]
+    first_ids = [encode_prompt(tokenizer.CharTokenizer("abc"), "", s)[0] for s in range(20)]
+    assert set(first_ids) == {0, 1, 2}
 
 
 def test_without_a_checkpoint_the_newest_run_speaks(capsys, run_dir, tmp_path, monkeypatch):
@@ -228,13 +239,12 @@ def test_a_thousand_samples_go_to_a_file(capsys, run_dir, tmp_path, monkeypatch)
     """A line of JSON each, in batches that fit into memory, the same whatever fits."""
     argv = ("--prompt=The", "--num_samples=1000", "--max_new_tokens=40", "--seed=3", "--stop=e")
     written = []
-    for name, there in (("all.jsonl", 2**40), ("parts.jsonl", 2**23)):
-        monkeypatch.setattr(sample, "memory", lambda device, there=there: there)
+    for name, size in (("all.jsonl", 2**40), ("parts.jsonl", 2**23)):
+        monkeypatch.setattr(generation, "available_memory", lambda _, size=size: size)
         assert say(capsys, run_dir, *argv, f"--output={tmp_path / name}").out == ""
         written.append([json.loads(line) for line in (tmp_path / name).open(encoding="utf-8")])
     assert written[0] == written[1] and len(written[0]) == 1000
-    _, meta = sample.load_model(str(run_dir), torch.device("cpu"))
-    tok = tokenizer.load(meta["tokenizer"])
+    tok = tokenizer.load(run_folder.open_checkpoint(str(run_dir)).meta["tokenizer"])
     for number, line in enumerate(written[0]):
         assert line["prompt"] == "The" and line["seed"] == 3 and line["number"] == number
         assert tok.decode(line["tokens"]).partition("e")[0] == line["text"]
@@ -247,7 +257,7 @@ def test_a_file_that_is_there_is_not_overwritten(capsys, run_dir, tmp_path):
     (tmp_path / "a.jsonl").write_text("mine")
     for name in ("a.jsonl", "no/such.jsonl"):
         err = say(capsys, run_dir, f"--output={tmp_path / name}", status=2).err
-        assert f"--output={tmp_path / name}" in err and "choose another name" in err
+        assert f"--output={tmp_path / name}" in err and "use another name" in err
     assert (tmp_path / "a.jsonl").read_text() == "mine"
 
 
@@ -261,12 +271,12 @@ def test_an_interrupted_file_without_samples_goes(capsys, run_dir, tmp_path, mon
 
 
 def test_a_containers_memory_is_its_limit(tmp_path, monkeypatch):
-    here = sample.memory(torch.device("cpu"))
+    here = machine.available_memory(torch.device("cpu"))
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(sample, "CGROUP_LIMITS", (str(limit), str(tmp_path / "none")))
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(limit), str(tmp_path / "none")))
     for text, expected in (("1000000", 10**6), ("max", here)):
         limit.write_text(text)
-        assert sample.memory(torch.device("cpu")) == expected
+        assert machine.available_memory(torch.device("cpu")) == expected
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")

@@ -6,13 +6,11 @@ Real processes and real signals.
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, load
 
-import checkpoint
 import train as script
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -22,9 +20,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
     "number, code",
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (getattr(signal, "SIGHUP", None), 129)],
 )
-def test_a_signal_saves_and_the_resumed_run_is_the_same(train, data_dir, number, code):
+def test_a_signal_saves_and_the_resumed_run_is_the_same(train_small, data_dir, number, code):
     args = ("--max_iters=400", "--eval_interval=100", "--log_interval=20", "--num_samples=0")
-    assert train(*args, "--out_dir=whole") == 0
+    assert train_small(*args, "--out_dir=whole") == 0
     command = [sys.executable, ROOT / "train.py", *SMALL, f"--data_dir={data_dir}", *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -36,11 +34,11 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(train, data_dir, number,
         out, err = run.communicate(timeout=60)
     assert run.returncode == code, err
     assert f"stopped: {number.name}" in out and "--init_from=resume" in out
-    _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    _, meta = load("run/ckpt.safetensors")
     assert 120 <= meta["progress"]["iter_num"] < 400
     assert script.main(["--init_from=resume", "--out_dir=run"]) == 0
-    whole, _ = checkpoint.load(Path("whole/ckpt.safetensors"))
-    again, _ = checkpoint.load(Path("run/ckpt.safetensors"))
+    whole, _ = load("whole/ckpt.safetensors")
+    again, _ = load("run/ckpt.safetensors")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
@@ -54,7 +52,7 @@ def test_a_run_that_nobody_reads_is_saved(data_dir, tmp_path):
                 break
         run.stdout.close()
         assert run.wait(timeout=60) == 1
-    _, meta = checkpoint.load(tmp_path / "run/ckpt.safetensors")
+    _, meta = load(tmp_path / "run/ckpt.safetensors")
     assert meta["progress"]["iter_num"] >= 100
 
 
@@ -86,4 +84,4 @@ def test_a_signal_during_evaluation_and_another_are_one(data_dir, tmp_path):
         run.send_signal(signal.SIGTERM)
         run.communicate(timeout=60)
     assert run.returncode in (130, 143)
-    checkpoint.load(tmp_path / "run/ckpt.safetensors")
+    load(tmp_path / "run/ckpt.safetensors")

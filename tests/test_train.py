@@ -14,14 +14,18 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import MODERN, ROOT, write_bins
+from conftest import MODERN, ROOT, after_backward, load, write_bins
 
-import checkpoint
 import train as script
-from config import build
 from data import tokenizer
-from metrics import COLUMNS
-from train import TrainConfig, best_micro_batch, get_lr
+from folio import checkpoint, machine
+from folio.checkpoint import Checkpoint
+from folio.metrics import COLUMNS
+from folio.optim import get_lr
+from folio.options import build_options
+from folio.startup import resumed_options
+from model import GPTConfig
+from train import TrainConfig
 
 
 def rows(folder="run"):
@@ -30,7 +34,7 @@ def rows(folder="run"):
 
 
 def weights(path):
-    tensors, _ = checkpoint.load(Path(path))
+    tensors, _ = load(path)
     return {k: v for k, v in tensors.items() if k.startswith("model.")}
 
 
@@ -41,8 +45,8 @@ def same(a, b):
 # ---- what a run leaves
 
 
-def test_a_run_learns_and_leaves_its_files(train, capsys):
-    assert train("--max_iters=100", "--learning_rate=5e-3", "--num_samples=2") == 0
+def test_a_run_learns_and_leaves_its_files(train_small, capsys):
+    assert train_small("--max_iters=100", "--learning_rate=5e-3", "--num_samples=2") == 0
     out = capsys.readouterr().out
     for part in (
         "machine: cpu",
@@ -68,8 +72,8 @@ def test_a_run_learns_and_leaves_its_files(train, capsys):
     }
 
 
-def test_metrics_are_what_was_done(train):
-    assert train() == 0
+def test_metrics_are_what_was_done(train_small):
+    assert train_small() == 0
     table = rows()
     assert list(table[0]) == COLUMNS
     assert [int(row["iter_num"]) for row in table] == [5, 10, 10, 15, 20, 20]
@@ -82,9 +86,9 @@ def test_metrics_are_what_was_done(train):
     assert bits == pytest.approx(float(table[2]["val_loss"]) / math.log(2), rel=0.01)
 
 
-def test_a_checkpoint_tells_all(train, data_dir):
-    assert train() == 0
-    tensors, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+def test_a_checkpoint_tells_all(train_small, data_dir):
+    assert train_small() == 0
+    tensors, meta = load("run/ckpt.safetensors")
     assert meta["progress"]["iter_num"] == 20 and meta["progress"]["n"] == 160
     assert meta["progress"]["tokens"] == 20 * 8 * 16
     assert meta["model_config"]["n_embd"] == 32
@@ -96,83 +100,78 @@ def test_a_checkpoint_tells_all(train, data_dir):
     assert kinds == {"step", "exp_avg", "exp_avg_sq"} and len(tensors) == 4 * len(names)
 
 
-def test_best_is_the_best_and_the_latest_the_last(train, resume):
-    assert train() == 0
-    assert resume("--max_iters=30", "--learning_rate=1", "--schedule=constant") == 0  # too much
+def test_best_is_the_best_and_the_latest_the_last(train_small, resume_run):
+    assert train_small() == 0
+    assert resume_run("--max_iters=30", "--learning_rate=1", "--schedule=constant") == 0  # too much
     table = [(float(r["val_loss"]), int(r["iter_num"])) for r in rows() if r["val_loss"]]
-    _, best = checkpoint.load(Path("run/best.safetensors"))
+    _, best = load("run/best.safetensors")
     assert best["progress"]["iter_num"] == min(table)[1] == 20
     assert best["progress"]["val_loss"] == best["progress"]["best_val_loss"]
-    _, latest = checkpoint.load(Path("run/ckpt.safetensors"))
+    _, latest = load("run/ckpt.safetensors")
     assert latest["progress"]["iter_num"] == 30
     assert latest["progress"]["best_val_loss"] == best["progress"]["val_loss"]
 
 
-def test_snapshots(train):
-    assert train("--snapshot_interval=4", "--keep_snapshots=2") == 0
+def test_snapshots(train_small):
+    assert train_small("--snapshot_interval=4", "--keep_snapshots=2") == 0
     kept = sorted(p.name for p in Path("run/snapshots").iterdir())
     assert kept == ["iter_000016.safetensors", "iter_000020.safetensors"]
 
 
-def test_samples_on_the_way(train, capsys):
-    assert train("--sample_interval=10", "--sample_prompt=The", "--num_samples=1") == 0
+def test_samples_on_the_way(train_small, capsys):
+    assert train_small("--sample_interval=10", "--sample_prompt=The", "--num_samples=1") == 0
     out = capsys.readouterr().out
     assert out.count("--- sample at iteration 10\nThe") == 1
     assert out.count("--- sample at iteration 20\nThe") == 1, "once, though it is the end too"
 
 
-def test_the_prompt_of_samples_takes_escapes(train, capsys):
-    assert train("--max_iters=1", r"--sample_prompt=The\nThe") == 0
+def test_the_prompt_of_samples_takes_escapes(train_small, capsys):
+    assert train_small("--max_iters=1", r"--sample_prompt=The\nThe") == 0
     assert "--- sample at iteration 1\nThe\nThe" in capsys.readouterr().out
 
 
-def test_an_odd_scaler_state_is_refused(train, monkeypatch, capsys):
+def test_an_odd_scaler_state_is_refused(train_small, monkeypatch, capsys):
     """As a file that was made to be hostile may have it."""
     import train as script
 
-    assert train("--max_iters=1", "--num_samples=0") == 0
-    tensors, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert train_small("--max_iters=1", "--num_samples=0") == 0
+    tensors, meta = load("run/ckpt.safetensors")
     checkpoint.save(Path("run/ckpt.safetensors"), tensors, {**meta, "scaler": {"scale": 1}})
-    choose_machine = script.choose_machine
-    monkeypatch.setattr(
-        script,
-        "choose_machine",
-        lambda cfg, threads: script.replace(choose_machine(cfg, threads), dtype="float16"),
-    )
+    monkeypatch.setattr(machine, "resolve_machine", lambda *_: ("cpu", "float16", False))
     assert script.main(["--init_from=resume", "--out_dir=run", "--max_iters=2"]) == 2
     assert "the scaler's state cannot be used" in capsys.readouterr().err
 
 
-def test_an_older_run_is_moved_aside(train, capsys):
-    assert train("--seed=1") == 0 and train("--seed=2") == 0
+def test_an_older_run_is_moved_aside(train_small, capsys):
+    assert train_small("--seed=1") == 0 and train_small("--seed=2") == 0
     assert "moved the older run to run.1" in capsys.readouterr().out
     for folder, seed in (("run.1", 1), ("run", 2)):
-        _, meta = checkpoint.load(Path(folder) / "ckpt.safetensors")
+        _, meta = load(Path(folder) / "ckpt.safetensors")
         assert meta["run_config"]["seed"] == seed
 
 
-def test_a_folder_that_cannot_be_moved_is_left_alone(train, monkeypatch, capsys):
-    assert train("--max_iters=1", "--num_samples=0") == 0
+def test_a_folder_that_cannot_be_moved_is_left_alone(train_small, monkeypatch, capsys):
+    assert train_small("--max_iters=1", "--num_samples=0") == 0
     before = Path("run/ckpt.safetensors").read_bytes()
 
     def busy(self, target):
         raise OSError(16, "Device or resource busy")
 
     monkeypatch.setattr(Path, "rename", busy)
-    assert train("--max_iters=2") == 2
+    assert train_small("--max_iters=2") == 2
     assert (
         "the older run cannot be moved aside (Device or resource busy)" in capsys.readouterr().err
     )
     assert Path("run/ckpt.safetensors").read_bytes() == before
 
 
-def test_a_live_run_is_left_alone(train, resume, capsys):
-    assert train() == 0
+def test_a_live_run_is_left_alone(train_small, resume_run, capsys):
+    assert train_small() == 0
     before = Path("run/metrics.csv").read_bytes()
     with filelock.FileLock("run/.lock"):
-        for call in (train, resume):
+        for call in (train_small, resume_run):
             assert call() == 2
-            assert "a run is going on in run" in capsys.readouterr().err
+            assert "another process is training in run" in capsys.readouterr().err
     assert Path("run/metrics.csv").read_bytes() == before and not Path("run.1").exists()
 
 
@@ -188,8 +187,8 @@ def test_a_live_run_is_left_alone(train, resume, capsys):
         (["--patience=2", "--learning_rate=1"], "patience=2"),
     ],
 )
-def test_max_iters_0_runs_until_a_condition_is_met(train, capsys, argv, why):
-    assert train("--max_iters=0", "--schedule=constant", "--learning_rate=3e-3", *argv) == 0
+def test_max_iters_0_runs_until_a_condition_is_met(train_small, capsys, argv, why):
+    assert train_small("--max_iters=0", "--schedule=constant", "--learning_rate=3e-3", *argv) == 0
     assert f"done:    {why}" in capsys.readouterr().out
     last = rows()[-1]
     assert last["val_loss"], "a run ends with an evaluation"
@@ -197,12 +196,12 @@ def test_max_iters_0_runs_until_a_condition_is_met(train, capsys, argv, why):
         assert float(last[why.split("=")[0].removeprefix("target_")]) <= 3.5
 
 
-def test_max_seconds_counts_over_all_resumes(train, resume, capsys):
-    assert train("--max_iters=0", "--schedule=constant", "--max_seconds=0.2") == 0
+def test_max_seconds_counts_over_all_resumes(train_small, resume_run, capsys):
+    assert train_small("--max_iters=0", "--schedule=constant", "--max_seconds=0.2") == 0
     iter_num, seconds = int(rows()[-1]["iter_num"]), float(rows()[-1]["train_seconds"])
-    assert resume() == 0
+    assert resume_run() == 0
     assert f"max_seconds=0.2 reached after {iter_num:,} updates" in capsys.readouterr().out
-    assert resume(f"--max_seconds={seconds + 0.1}") == 0
+    assert resume_run(f"--max_seconds={seconds + 0.1}") == 0
     assert int(rows()[-1]["iter_num"]) > iter_num
 
 
@@ -211,8 +210,8 @@ def test_max_seconds_counts_over_all_resumes(train, resume, capsys):
 
 def test_the_schedules():
     def lrs(**options):
-        cfg = TrainConfig(max_iters=100, learning_rate=1.0, warmup_iters=10, min_lr=0.1, **options)
-        return [get_lr(i, cfg) for i in range(120)]
+        given = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "lr_decay_iters": 100}
+        return [get_lr(i, **{**given, **options}) for i in range(120)]
 
     for schedule in ("cosine", "linear", "constant"):
         lr = lrs(schedule=schedule)
@@ -227,10 +226,13 @@ def test_the_schedules():
     assert lrs(schedule="linear", lr_decay_iters=60)[60] == 0.1
 
 
-def test_micro_batches_add_up_to_the_batch(train):
+def test_micro_batches_add_up_to_the_batch(train_small):
     """Accumulation is the same update: only rounding may differ. Dropout would draw otherwise."""
     args = ("--dropout=0", "--max_iters=3", "--eval_interval=3", "--log_interval=1")
-    assert train(*args) == 0 and train(*args, "--micro_batch_size=2", "--out_dir=micro") == 0
+    assert (
+        train_small(*args) == 0
+        and train_small(*args, "--micro_batch_size=2", "--out_dir=micro") == 0
+    )
     for a, b in zip(rows("run")[:3], rows("micro")[:3], strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4)
         assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
@@ -240,23 +242,23 @@ def test_micro_batches_add_up_to_the_batch(train):
     assert not same(whole, parts)
 
 
-def test_the_gradient_is_clipped(train):
+def test_the_gradient_is_clipped(train_small):
     args = ("--max_iters=1", "--log_interval=1", "--eval_interval=1", "--beta1=0", "--dropout=0")
     for clip, factor in ((1e9, 1.0), (0.01, 0.01)):
-        assert train(*args, f"--grad_clip={clip}", f"--out_dir=clip{clip}") == 0
+        assert train_small(*args, f"--grad_clip={clip}", f"--out_dir=clip{clip}") == 0
         norm = float(rows(f"clip{clip}")[0]["grad_norm"])
-        tensors, _ = checkpoint.load(Path(f"clip{clip}/ckpt.safetensors"))
+        tensors, _ = load(f"clip{clip}/ckpt.safetensors")
         moments = [t for n, t in tensors.items() if n.startswith("optimizer.exp_avg.")]
         total = math.sqrt(sum(t.double().square().sum() for t in moments))
         assert total == pytest.approx(norm if clip > 1 else factor, rel=1e-3)
 
 
-def test_only_matrices_and_embeddings_decay(train):
+def test_only_matrices_and_embeddings_decay(train_small):
     """With a gradient clipped to nothing, what shrinks is what decays."""
     args = ("--max_iters=1", "--eval_interval=1", "--bias=True", "--warmup_iters=0")
     args += ("--grad_clip=1e-30", "--weight_decay=100")
-    assert train(*args) == 0
-    cfg = build(TrainConfig, {})
+    assert train_small(*args) == 0
+    cfg = build_options(TrainConfig, {})
     assert cfg.weight_decay == 0.1
     for name, tensor in weights("run/ckpt.safetensors").items():
         if tensor.dim() == 1 and name.endswith("weight"):
@@ -266,18 +268,18 @@ def test_only_matrices_and_embeddings_decay(train):
             assert tensor.std().item() == pytest.approx(std * (1 - 1e-3 * 100), rel=0.05), name
 
 
-def test_the_same_seed_gives_the_same_bits(train):
+def test_the_same_seed_gives_the_same_bits(train_small):
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
-        assert train(f"--seed={seed}", f"--out_dir={folder}") == 0
+        assert train_small(f"--seed={seed}", f"--out_dir={folder}") == 0
     a, b, c = (weights(f"{folder}/ckpt.safetensors") for folder in "abc")
     assert same(a, b) and not same(a, c)
 
 
-def test_looking_changes_no_bit(train):
+def test_looking_changes_no_bit(train_small):
     """Evaluating, logging, sampling and saving more often leaves the weights as they are."""
-    assert train() == 0
+    assert train_small() == 0
     assert (
-        train(
+        train_small(
             "--eval_interval=3",
             "--log_interval=1",
             "--sample_interval=2",
@@ -291,7 +293,7 @@ def test_looking_changes_no_bit(train):
 
 
 @pytest.mark.parametrize("model", ["gpt", "bigram"])
-def test_resuming_gives_the_same_bits(train, resume, model):
+def test_resuming_gives_the_same_bits(train_small, resume_run, model):
     args = (
         "--micro_batch_size=4",
         "--max_iters=150",
@@ -300,44 +302,44 @@ def test_resuming_gives_the_same_bits(train, resume, model):
         "--snapshot_interval=33",
         "--log_interval=7",
     )
-    assert train(*args) == 0  # 150 updates of 8 windows: more than an epoch of 1058
-    whole, _ = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert train_small(*args) == 0  # 150 updates of 8 windows: more than an epoch of 1058
+    whole, _ = load("run/ckpt.safetensors")
     table = [[r[c] for c in COLUMNS[:8]] for r in rows()]
-    assert resume("--checkpoint=run/snapshots/iter_000033.safetensors") == 0
-    again, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert resume_run("--checkpoint=run/snapshots/iter_000033.safetensors") == 0
+    again, meta = load("run/ckpt.safetensors")
     assert meta["progress"]["iter_num"] == 150
     assert same(whole, again), "weights and the optimizer's moments"
     assert [[r[c] for c in COLUMNS[:8]] for r in rows()] == table
 
 
-def test_a_resumed_run_goes_on_as_it_was_set_up(train, resume, capsys):
-    assert train("--max_iters=10") == 0
-    assert resume() == 0
+def test_a_resumed_run_goes_on_as_it_was_set_up(train_small, resume_run, capsys):
+    assert train_small("--max_iters=10") == 0
+    assert resume_run() == 0
     assert "max_iters=10 reached after 10 updates" in capsys.readouterr().out
-    assert resume("--max_iters=15") == 0
+    assert resume_run("--max_iters=15") == 0
     assert int(rows()[-1]["iter_num"]) == 15
     for change in ("--n_embd=64", "--seed=1", "--vocab_size=500"):
-        assert resume(change) == 2
+        assert resume_run(change) == 2
         assert "was made with" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_its_data_set_whatever_that_is_called(train, resume, data_dir, capsys):
-    assert train("--max_iters=1") == 0
+def test_a_run_goes_on_with_its_data_set_under_any_name(train_small, resume_run, data_dir, capsys):
+    assert train_small("--max_iters=1") == 0
     shutil.copytree(data_dir / "small", data_dir / "renamed")
-    assert resume("--dataset=renamed", "--max_iters=2") == 0
+    assert resume_run("--dataset=renamed", "--max_iters=2") == 0
     write_bins(data_dir / "other", np.arange(1000) % 86, 86)
     meta = (data_dir / "small" / "meta.json").read_text()
     theirs = json.loads((data_dir / "other" / "meta.json").read_text())
     other = {**theirs, "tokenizer": json.loads(meta)["tokenizer"]}
     (data_dir / "other" / "meta.json").write_text(json.dumps(other))
-    assert resume("--dataset=other", "--max_iters=3") == 2
-    assert "is not the one that" in capsys.readouterr().err
+    assert resume_run("--dataset=other", "--max_iters=3") == 2
+    assert "is not the data set that" in capsys.readouterr().err
 
 
-def test_finetuning_takes_the_weights_and_nothing_else(train, capsys):
-    assert train() == 0
+def test_finetuning_takes_the_weights_and_nothing_else(train_small, capsys):
+    assert train_small() == 0
     assert (
-        train(
+        train_small(
             "--init_from=run",
             "--out_dir=tuned",
             "--max_iters=1",
@@ -347,16 +349,16 @@ def test_finetuning_takes_the_weights_and_nothing_else(train, capsys):
         )
         == 0
     )
-    tuned, meta = checkpoint.load(Path("tuned/ckpt.safetensors"))
+    tuned, meta = load("tuned/ckpt.safetensors")
     assert meta["progress"]["iter_num"] == 1 and meta["progress"]["n"] == 8
     best = weights("run/best.safetensors")
     assert same(best, {k: v for k, v in tuned.items() if k.startswith("model.")})
-    assert train("--init_from=run/best.safetensors", "--n_layer=3") == 2
+    assert train_small("--init_from=run/best.safetensors", "--n_layer=3") == 2
     assert "n_layer=3, but run/best.safetensors was made with n_layer=2" in capsys.readouterr().err
 
 
-def test_finetuning_pads_the_vocabulary_of_a_model_with_newer_parts(train):
-    assert train("--max_iters=2", *MODERN) == 0
+def test_finetuning_pads_the_vocabulary_of_a_model_with_newer_parts(train_small):
+    assert train_small("--max_iters=2", *MODERN) == 0
     options = (
         "--init_from=run",
         "--vocab_size=100",
@@ -365,23 +367,23 @@ def test_finetuning_pads_the_vocabulary_of_a_model_with_newer_parts(train):
         "--min_lr=0",
     )
     options = (*MODERN, *options, "--optimizer=adamw", "--max_iters=1", "--out_dir=tuned")
-    assert train(*options) == 0
+    assert train_small(*options) == 0
     before, after = weights("run/best.safetensors"), weights("tuned/ckpt.safetensors")
     known, new = before["model.wte.weight"], after["model.wte.weight"]
     assert len(known) < 100 and torch.equal(new[: len(known)], known)
     assert torch.allclose(new[len(known) :], known.mean(0).expand(100 - len(known), -1))
 
 
-def test_a_checkpoint_from_before_an_option_existed_has_its_default(train, resume, capsys):
-    assert train("--max_iters=4") == 0
+def test_a_checkpoint_from_before_an_option_has_its_default(train_small, resume_run, capsys):
+    assert train_small("--max_iters=4") == 0
     path = Path("run/ckpt.safetensors")
-    tensors, meta = checkpoint.load(path)
+    tensors, meta = load(path)
     del meta["model_config"]["rotary"], meta["run_config"]["optimizer"]
     checkpoint.save(path, tensors, meta)
     for option, before in (("rotary=True", "rotary=False"), ("optimizer=muon", "optimizer=adamw")):
-        assert resume(f"--{option}") == 2
+        assert resume_run(f"--{option}") == 2
         assert f"{path} was made with {before}" in capsys.readouterr().err
-    assert resume("--max_iters=6") == 0
+    assert resume_run("--max_iters=6") == 0
 
 
 def test_the_word_to_try_is_a_whole_one():
@@ -391,29 +393,22 @@ def test_the_word_to_try_is_a_whole_one():
     assert script.first_word(run) == "good"
 
 
-def test_evaluation_only(train, capsys):
-    assert train() == 0
+def test_evaluation_only(train_small, capsys):
+    assert train_small() == 0
     last = [row for row in rows() if row["val_loss"]][-1]
     before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
-    assert train("--init_from=run/ckpt.safetensors", "--eval_only") == 0
+    assert train_small("--init_from=run/ckpt.safetensors", "--eval_only") == 0
     assert f"val loss {float(last['val_loss']):.4f}" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before, "nothing is written"
 
 
-def test_evaluation_is_the_mean_over_all_tokens(train, data_dir, capsys):
+def test_evaluation_is_the_mean_over_all_tokens(train_small, data_dir, capsys):
     """Against every target predicted one by one, each window cut where evaluation cuts it."""
     from data import bins
-    from model import GPT, GPTConfig
 
-    assert train() == 0
-    _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
-    model = GPT(GPTConfig(**meta["model_config"])).eval()
-    checkpoint.restore(
-        dict(model.named_parameters()),
-        *(checkpoint.load(Path("run/ckpt.safetensors"))[:1]),
-        "model.",
-        "",
-    )
+    assert train_small() == 0
+    _, meta = load("run/ckpt.safetensors")
+    model = checkpoint.build_model(checkpoint.load(Path("run/ckpt.safetensors")))
     val = torch.from_numpy(np.asarray(bins.load(data_dir / "small").val.tokens).astype(np.int64))
     total = 0.0
     with torch.no_grad():
@@ -425,46 +420,46 @@ def test_evaluation_is_the_mean_over_all_tokens(train, data_dir, capsys):
 
 
 def test_a_cpu_holds_at_a_time_what_it_keeps_the_memory_of():
-    baby = {"n_embd": 384, "n_head": 6, "block_size": 256, "batch_size": 64}
+    baby = GPTConfig(n_embd=384, n_head=6, block_size=256)
     for batch_size, device, dtype, expected in (
         (64, "cpu", "bfloat16", 32),  # of 64 x 256 x 4 x 384 x 2 bytes
         (64, "cpu", "float32", 16),
         (64, "cuda", "bfloat16", 64),
         (65, "cpu", "float32", 65),
     ):
-        about = {**baby, "batch_size": batch_size, "device": device, "dtype": dtype}
-        assert best_micro_batch(build(TrainConfig, about)) == expected
+        assert machine.auto_micro_batch_size(batch_size, baby, device, dtype) == expected
 
 
-def test_another_batch_or_device_chooses_the_micro_batch_anew(train, resume, monkeypatch, capsys):
-    monkeypatch.setattr(script, "KEPT", 2**15)
-    assert train("--max_iters=10") == 0
-    _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+def test_another_batch_or_device_chooses_the_micro_batch_anew(
+    train_small, resume_run, monkeypatch, capsys
+):
+    monkeypatch.setattr(machine, "REUSED_BYTES", 2**15)
+    assert train_small("--max_iters=10") == 0
+    _, meta = load("run/ckpt.safetensors")
     assert meta["run_config"]["micro_batch_size"] == 2
-    assert resume("--batch_size=9", "--max_iters=15") == 0
-    _, meta = checkpoint.load(Path("run/ckpt.safetensors"))
+    assert resume_run("--batch_size=9", "--max_iters=15") == 0
+    _, meta = load("run/ckpt.safetensors")
     assert meta["run_config"]["micro_batch_size"] == 9
-    meta["run_config"]["cuda_graphs"] = True
-    moved = script.adopt({"init_from": "resume", "device": "cuda:1"}, meta, Path("run"))
+    known = set(TrainConfig.__dataclass_fields__)
+    moved = resumed_options({"device": "cuda:1"}, Checkpoint(Path("run"), {}, meta), known)
     assert moved["micro_batch_size"] == 0 and moved["compile"] == "auto"
-    assert not moved["cuda_graphs"]
 
 
-def test_a_resume_takes_the_threads_of_its_run_and_nothing_else_does(train, resume, monkeypatch):
+def test_only_a_resume_takes_the_threads_of_its_run(train_small, resume_run, monkeypatch):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert train("--max_iters=1") == 0
+        assert train_small("--max_iters=1") == 0
         torch.set_num_threads(2)
-        assert resume("--max_iters=2") == 0
+        assert resume_run("--max_iters=2") == 0
         assert torch.get_num_threads() == 2, "OMP_NUM_THREADS is set, and asks for more"
         torch.set_num_threads(1)
-        assert train("--max_iters=1") == 0
+        assert train_small("--max_iters=1") == 0
         torch.set_num_threads(2)
         monkeypatch.delenv("OMP_NUM_THREADS")
-        assert train("--init_from=run", "--out_dir=tuned", "--max_iters=1") == 0
+        assert train_small("--init_from=run", "--out_dir=tuned", "--max_iters=1") == 0
         assert torch.get_num_threads() == 2
-        assert resume("--max_iters=2") == 0
+        assert resume_run("--max_iters=2") == 0
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
@@ -474,8 +469,9 @@ def test_a_resume_takes_the_threads_of_its_run_and_nothing_else_does(train, resu
 def test_memory_that_is_kept_does_not_grow():
     """Something small that stays, in the place of something large, must not cost its size again."""
     code = """
-import resource, torch, train
-train.keep_freed_memory()
+import resource, torch
+from folio.machine import reuse_freed_memory
+reuse_freed_memory()
 before, kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
 for _ in range(30):
     a, b = torch.ones(2, 2**24)  # 64 MiB each
@@ -493,7 +489,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 # ---- when numbers fail
 
 
-def test_a_diverging_run_ends_with_3_and_keeps_its_checkpoint(train, capsys):
+def test_a_diverging_run_ends_with_3_and_keeps_its_checkpoint(train_small, capsys):
     argv = (
         "--learning_rate=1e20",
         "--grad_clip=0",
@@ -502,15 +498,15 @@ def test_a_diverging_run_ends_with_3_and_keeps_its_checkpoint(train, capsys):
         "--schedule=constant",
         "--warmup_iters=3",
     )
-    assert train("--max_iters=4", "--eval_interval=2") == 0
-    assert train(*argv, "--out_dir=bad") == 3
+    assert train_small("--max_iters=4", "--eval_interval=2") == 0
+    assert train_small(*argv, "--out_dir=bad") == 3
     err = capsys.readouterr().err
     found = re.search(r"diverged at iteration (\d+): loss .*, windows (\d+) to (\d+) of seed", err)
     iter_num, first, last = map(int, found.groups())
     assert (first, last) == (8 * iter_num, 8 * iter_num + 7) and err.count("\n") == 1
     assert "learning rate" in err and "gradient norm" in err
     for path in Path("bad").glob("*.safetensors"):
-        tensors, _ = checkpoint.load(path)
+        tensors, _ = load(path)
         assert all(t.isfinite().all() for t in tensors.values()), path
 
 
@@ -518,39 +514,36 @@ def test_a_diverging_run_ends_with_3_and_keeps_its_checkpoint(train, capsys):
 @pytest.mark.parametrize("rate", ["1e38", "1e15"])
 @pytest.mark.parametrize("saves_by", ["eval_interval", "snapshot_interval"])
 def test_a_step_that_finite_gradients_make_infinite_is_not_saved(
-    train, capsys, parts, rate, saves_by
+    train_small, capsys, parts, rate, saves_by
 ):
     """Weights or moments that overflow, and weights so large that the loss does."""
     rates = (f"--learning_rate={rate}", f"--muon_lr={rate}", "--grad_clip=0", "--warmup_iters=0")
-    assert train(*parts, *rates, "--log_interval=20", f"--{saves_by}=1", "--num_samples=0") == 3
+    assert (
+        train_small(*parts, *rates, "--log_interval=20", f"--{saves_by}=1", "--num_samples=0") == 3
+    )
     err = capsys.readouterr().err
     assert re.search(r"diverged at iteration \d+: .*loss .*, windows \d+ to \d+ of seed", err)
     assert "nothing of it was saved" in err and err.count("\n") == 1
     for path in Path("run").rglob("*.safetensors"):
-        tensors, meta = checkpoint.load(path)
+        tensors, meta = load(path)
         assert all(t.isfinite().all() for t in tensors.values()), path
         assert math.isfinite(meta["progress"]["val_loss"] or 0)
 
 
 @pytest.mark.parametrize("parts", [[], MODERN], ids=["gpt2", "modern"])
-def test_nothing_that_is_no_number_reaches_the_weights(train, data_dir, monkeypatch, parts):
+def test_nothing_that_is_no_number_reaches_the_weights(train_small, data_dir, monkeypatch, parts):
     """A single bad gradient, and no later update either: the flag on the device stays up."""
-    import train as script
+    states = []
 
-    seen = []
-    original = script.forward_backward
-
-    def poisoned(run, idx, targets):
-        loss = original(run, idx, targets)
+    def poison(run):
         if run.progress.iter_num == 7:
-            run.model.h[0].mlp.c_fc.weight.grad[0, 0] = math.nan
-        now = {**dict(run.model.named_parameters()), **script.optimizer_tensors(run)}
-        seen.append((run.progress.iter_num, {n: p.clone() for n, p in now.items()}))
-        return loss
+            run.model.wte.weight.grad[0, 0] = math.nan
+        now = {**dict(run.model.named_parameters()), **run.optimizer_tensors()}
+        states.append((run.progress.iter_num, {n: p.clone() for n, p in now.items()}))
 
-    monkeypatch.setattr(script, "forward_backward", poisoned)
-    assert train("--max_iters=20", "--log_interval=10", "--eval_interval=20", *parts) == 3
-    after = {iter_num: params for iter_num, params in seen if iter_num >= 7}
+    after_backward(monkeypatch, poison)
+    assert train_small("--max_iters=20", "--log_interval=10", "--eval_interval=20", *parts) == 3
+    after = {iter_num: params for iter_num, params in states if iter_num >= 7}
     assert sorted(after) == [7, 8, 9], "noticed at the next log"
     assert same(after[7], after[9])
 
@@ -570,7 +563,7 @@ def test_the_quick_start_without_a_network(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "no tiny Shakespeare here: cannot download" in done.stdout
+    assert "no tiny Shakespeare: cannot download" in done.stdout
     assert "training on pydocs" in done.stdout and "next:    python sample.py" in done.stdout
     assert (tmp_path / "out/quickstart/best.safetensors").exists()
     after = subprocess.run(

@@ -1,0 +1,67 @@
+"""Windows of a split to tensors on the device, and the mean loss over a split."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import bins
+from model import LanguageModel
+
+
+def get_batch(
+    split: bins.Split, starts: np.ndarray, block_size: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """The windows of a split at `starts` (B,) as idx and targets (B, T), on the device."""
+    batch = (torch.from_numpy(part) for part in split.batch(starts, block_size))
+    if device.startswith("cuda"):
+        batch = (part.pin_memory() for part in batch)
+    idx, targets = (part.to(device, non_blocking=True) for part in batch)
+    return idx, targets
+
+
+def autocast(device: str, dtype: str) -> torch.autocast:
+    """The context in which a model computes in `dtype`."""
+    enabled = dtype != "float32"
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=enabled)
+
+
+def seed_dropout(seed: int, iter_num: int, micro_step: int) -> None:
+    """Seed torch by the position in the run alone, so that a resume has no state to restore."""
+    sequence = np.random.SeedSequence((seed, iter_num, micro_step))
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+@torch.inference_mode()
+def split_loss(
+    model: LanguageModel,
+    split: bins.Split,
+    max_tokens: int,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    check: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean loss over a split in nats per token; of a larger split over max_tokens of it.
+
+    Deterministic: the same windows every time, weighted by tokens. All batches have one shape, so
+    that compiled code is not compiled again. `check` is called between batches and may raise.
+    """
+    block_size = model.config.block_size
+    all_starts = bins.eval_windows(len(split.tokens), block_size, max_tokens)
+    n_batches = math.ceil(len(all_starts) / batch_size)
+    losses, counts = torch.zeros(2, n_batches, device=device)
+    model.eval()
+    for i in range(n_batches):
+        check()
+        starts = all_starts[i * batch_size : (i + 1) * batch_size]
+        idx, targets = get_batch(split, np.resize(starts, batch_size), block_size, device)
+        targets[len(starts) :] = bins.IGNORED  # rows that only fill the last batch
+        with autocast(device, dtype):
+            losses[i] = model(idx, targets)[1]
+        counts[i] = (targets != bins.IGNORED).sum()
+    model.train()
+    losses, counts = losses.cpu().double(), counts.cpu()
+    return float((losses * counts).sum() / counts.sum())

@@ -1,0 +1,319 @@
+"""A checkpoint is one safetensors file: saved atomically, and loaded only if every byte is right.
+
+    header.__metadata__.folio   JSON: format, run id, configs, tokenizer, progress, ... (META)
+    model.*, optimizer.*        the tensors
+    sha256                      uint8 (32,), the last tensor: the digest of all bytes before it
+
+Any safetensors reader can read the file, and loading it cannot run code. We write and read it
+ourselves because the library knows no digest inside the file, and no fsync. All writing goes
+through os.open, write, fsync, replace and unlink, so that tests can make each call fail.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from data.errors import UserError
+from folio.options import build_options
+from model import GPT, MODELS, GPTConfig, LanguageModel
+
+FORMAT = 1
+TEMPORARY = "new.partial"  # what is being written; the next save replaces it
+META = {  # the header's JSON, beside "format"
+    "run_id": str,
+    "model": str,  # gpt or bigram
+    "model_config": dict,  # the fields of GPTConfig
+    "run_config": dict,  # the other options of train.py, with every "auto" resolved
+    "tokenizer": dict,  # what tokenizer.load() takes
+    "dataset": str,  # the fingerprint of its tokens
+    "progress": dict,  # train.py's Progress: iteration, windows drawn, losses, seconds
+    "scaler": dict,  # the state of float16's gradient scaler
+    "threads": int,
+}
+SYNC_BYTES = 1 << 26  # written between two fsyncs
+HASH_LAG_BYTES = 2 * SYNC_BYTES  # how far hashing may fall behind writing
+O_BINARY = getattr(os, "O_BINARY", 0)  # without it Windows changes line ends
+DIGEST = {"dtype": "U8", "shape": [32]}
+DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds, or an imported model as if a file held it."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # model.* and optimizer.*, on the CPU
+    meta: dict  # as in META; "dataset", "scaler" and "threads" are missing from an import
+
+
+# ---- saving -------------------------------------------------------------------------------------
+
+
+def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """Write a checkpoint. Whatever happens, `path` holds the old file or all of the new one.
+
+    Once this returns, the new one survives a power loss. An OSError names the file.
+    """
+    # widest elements first, so that every tensor is aligned in the file
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    blocks = _append_digest(_file_blocks(tensors, {"format": FORMAT, **meta}))
+    write_file(path, blocks, path.with_name(TEMPORARY))
+
+
+def write_file(path: Path, blocks: Iterable[memoryview | bytes], temporary: Path) -> None:
+    """Replace `path` by a file of these blocks, atomically: written beside it, synced, renamed."""
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)  # not overwritten: it may be a hard link to a good file
+    try:
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, 0o666)
+        try:
+            n_unsynced = 0
+            for block in blocks:
+                block = memoryview(block)
+                while block:
+                    n_written = os.write(file, block[:SYNC_BYTES])
+                    block, n_unsynced = block[n_written:], n_unsynced + n_written
+                    if n_unsynced >= SYNC_BYTES:  # the disk works while the next bytes are hashed
+                        os.fsync(file)
+                        n_unsynced = 0
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        error.filename = error.filename or str(path)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that the names in it survive a power loss."""
+    if os.name == "nt":  # Windows cannot
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _append_digest(blocks: Iterable[memoryview]) -> Iterator[memoryview | bytes]:
+    """The blocks and then their SHA-256, computed in a thread while the caller writes them."""
+    digest, pending, n_pending = hashlib.sha256(), deque(), 0
+    with ThreadPoolExecutor(1) as pool:
+        for block in blocks:
+            pending.append((pool.submit(digest.update, block), len(block)))
+            n_pending += len(block)
+            yield block
+            while n_pending > HASH_LAG_BYTES:
+                hashed, size = pending.popleft()
+                hashed.result()
+                n_pending -= size
+        for hashed, _ in pending:
+            hashed.result()
+    yield digest.digest()
+
+
+def _file_blocks(tensors: dict[str, Tensor], meta: dict) -> Iterator[memoryview]:
+    """The file up to the digest: the header's length, the header, one tensor after another."""
+    header, end = {"__metadata__": {"folio": json.dumps(meta)}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    header["sha256"] = {**DIGEST, "data_offsets": [end, end + 32]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint and verify all of its bytes.
+
+    The tensors are views of one buffer that holds the file. UserError for whatever is not an
+    intact checkpoint; no more memory is allocated than the file is long.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot open checkpoint {path}: not a regular file")
+    try:
+        data = torch.empty(path.stat().st_size, dtype=torch.uint8)
+        with open(path, "rb") as file:
+            n_read = file.readinto(memoryview(data.numpy()))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot open checkpoint {path}: {error.strerror}") from None
+    try:
+        if n_read != len(data):
+            raise ValueError("the file shrank while it was read")
+        header, start = _parse_header(data)
+        if hashlib.sha256(data[:-32].numpy()).digest() != data[-32:].numpy().tobytes():
+            raise ValueError("its digest does not match: the file is damaged")
+        meta = json.loads(header.pop("__metadata__")["folio"])
+        if meta["format"] != FORMAT:
+            raise ValueError(f"its format is {meta['format']!r:.20}, not {FORMAT}")
+        for key, kind in META.items():
+            if type(meta[key]) is not kind:
+                raise ValueError(f"{key!r} in its header is not a {kind.__name__}")
+        tensors = {name: _view(data[start:], entry) for name, entry in header.items()}
+        return Checkpoint(path, tensors, meta)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = str(error)
+        if type(error) is not ValueError:
+            reason = f"its header is damaged ({type(error).__name__}: {error})"
+        raise UserError(f"{path} is not a usable checkpoint: {reason}") from None
+
+
+def read_header(path: Path) -> dict:
+    """The meta in a file's header, without reading or verifying the rest; {} if there is none."""
+    try:
+        with safe_open(path, "numpy") as file:
+            meta = json.loads(file.metadata()["folio"])
+        return meta if type(meta) is dict else {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError):
+        return {}
+
+
+def _parse_header(data: Tensor) -> tuple[dict, int]:
+    """The header, checked for consistency, and the offset of the first tensor's bytes."""
+    if len(data) < 8 + 2 + 32:
+        raise ValueError(f"it has only {len(data)} bytes")
+    length = struct.unpack("<Q", data[:8].numpy().tobytes())[0]
+    if length > len(data) - 8 - 32:
+        raise ValueError("the file is truncated, or not in safetensors format")
+    header = json.loads(data[8 : 8 + length].numpy().tobytes())
+    offset = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            size = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+            if start != offset or end != start + size or min(entry["shape"], default=0) < 0:
+                raise ValueError(f"the header is wrong about tensor {name!r}")
+            offset = end
+    if 8 + length + offset != len(data):
+        raise ValueError("the file is truncated, or longer than its header says")
+    if header.pop("sha256", None) != {**DIGEST, "data_offsets": [offset - 32, offset]}:
+        raise ValueError("it has no digest: not written by Folio")
+    return header, 8 + length
+
+
+def _view(data: Tensor, entry: dict) -> Tensor:
+    start, end = entry["data_offsets"]
+    return data[start:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+# ---- from tensors to a model --------------------------------------------------------------------
+
+
+def match(ckpt: Checkpoint, prefix: str, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint's tensors PREFIX*, without the prefix, which must be those of `params`.
+
+    UserError for a name, shape or dtype that differs. `params` may be on "meta".
+    """
+    saved = {n.removeprefix(prefix): t for n, t in ckpt.tensors.items() if n.startswith(prefix)}
+    if odd := sorted(params.keys() ^ saved.keys()):
+        problem = "lacks" if odd[0] in params else "has an unknown"
+        raise UserError(f"{ckpt.path} {problem} tensor {prefix}{odd[0]}")
+    for name, param in params.items():
+        found, wanted = (f"{tuple(t.shape)} of {t.dtype}" for t in (saved[name], param))
+        if found != wanted:
+            raise UserError(f"{ckpt.path}: {prefix}{name} is {found}, not {wanted}")
+    return saved
+
+
+@torch.no_grad()
+def restore(ckpt: Checkpoint, prefix: str, params: dict[str, Tensor]) -> None:
+    """Copy the checkpoint's tensors PREFIX* into `params`; UserError as match()."""
+    for name, tensor in match(ckpt, prefix, params).items():
+        params[name].copy_(tensor)
+
+
+def check_model(ckpt: Checkpoint) -> GPTConfig:
+    """The model's config; UserError if the tensors do not fit it.
+
+    Nothing of the size that the config claims is allocated.
+    """
+    config = build_options(GPTConfig, ckpt.meta["model_config"], source=str(ckpt.path))
+    if ckpt.meta["model"] not in MODELS:
+        known = ", ".join(MODELS)
+        raise UserError(f"{ckpt.path} holds a model {ckpt.meta['model']!r}; known are {known}")
+    match(ckpt, "model.", dict(meta_model(ckpt.meta["model"], config).named_parameters()))
+    return config
+
+
+def build_model(ckpt: Checkpoint) -> LanguageModel:
+    """The checkpoint's model in evaluation mode; its tensors are the parameters, not copied."""
+    config = build_options(GPTConfig, ckpt.meta["model_config"], source=str(ckpt.path))
+    model = meta_model(ckpt.meta["model"], config)
+    weights = match(ckpt, "model.", dict(model.named_parameters()))
+    model.load_state_dict(weights, strict=False, assign=True)
+    if isinstance(model, GPT):
+        model.lm_head.weight = model.wte.weight
+    return model.eval()
+
+
+def meta_model(kind: str, config: GPTConfig) -> LanguageModel:
+    """A model on "meta": shapes without memory, however large it is."""
+    with torch.device("meta"), _NoInit():
+        return MODELS[kind](config)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips the random initialization of tensors, which on "meta" would import torch's compiler."""
+
+    SKIPPED = (Tensor.normal_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def fit_model(ckpt: Checkpoint, config: GPTConfig) -> Checkpoint:
+    """The checkpoint with its positions cropped to block_size, its vocabulary padded to vocab_size.
+
+    New ids get the mean embedding, and with it a logit far below the likely ones (Hewitt 2021,
+    "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    if ckpt.meta["model"] != "gpt":
+        return ckpt
+    tensors, wte = dict(ckpt.tensors), ckpt.tensors["model.wte.weight"]
+    if (n_new := config.vocab_size - len(wte)) > 0:
+        new = wte.mean(0, keepdim=True).expand(n_new, -1)
+        tensors["model.wte.weight"] = torch.cat((wte, new))
+    if (wpe := tensors.get("model.wpe.weight")) is not None:
+        tensors["model.wpe.weight"] = wpe[: config.block_size]
+    return Checkpoint(ckpt.path, tensors, ckpt.meta)

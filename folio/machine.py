@@ -1,0 +1,160 @@
+"""The device: which there is, what "auto" means on it, how much fits, and how torch is set up."""
+
+import ctypes
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from data.errors import UserError
+from folio.fast import MATMUL_ATTENTION_BLOCK
+from model import GPT, GPTConfig, LanguageModel
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+REUSED_BYTES = 2**25  # freed buffers below this are reused; the most that M_MMAP_THRESHOLD takes
+CGROUP_LIMITS = (  # a container's memory limit, in cgroup versions 2 and 1
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+PEAK_FLOPS = {  # dense, in half precision, from the vendors' data sheets; the first match counts
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; for "auto" cuda, mps or cpu. UserError if it does not exist."""
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    names = [kind for kind, exists in found.items() if exists]
+    if name == "auto":
+        name = names[0]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"no device {name!r}; this machine has {', '.join(names)}") from None
+    if not found.get(device.type):
+        raise UserError(
+            f"no device {name!r}; this machine has {', '.join(names)}: use --device={names[0]}"
+        )
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise UserError(f"no device {name!r}; this machine has {count} of type {device.type}")
+    return device
+
+
+def fast_dtype(device: torch.device) -> str:
+    """The dtype in which the device multiplies large matrices fastest."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    is_fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+    return "bfloat16" if is_fast else "float32"
+
+
+def resolve_machine(device: str, dtype: str, compile: bool | str) -> tuple[str, str, bool]:
+    """Replace each "auto" by what this machine does fastest; UserError for what it cannot do."""
+    found = find_device(device)
+    if dtype == "auto":
+        dtype = fast_dtype(found)
+    if dtype == "float16" and found.type != "cuda":
+        raise UserError(f"dtype=float16 needs CUDA; use float32 or bfloat16 on {found.type}")
+    return str(found), dtype, found.type == "cuda" if compile == "auto" else compile
+
+
+def setup_torch(device: str, dtype: str, deterministic: bool, threads: int | None = None) -> None:
+    """Set torch's global switches for a run; `threads` is the number that a resumed run used."""
+    if device == "cpu":
+        reuse_freed_memory()
+        if threads and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, min(threads, 1024)))
+    torch.backends.cuda.matmul.allow_tf32 = dtype != "float32"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc reuse freed buffers of less than REUSED_BYTES.
+
+    By default it returns every large buffer to the kernel, which has to clear the pages of the
+    next one. Reusing the largest too would waste memory: a few bytes allocated inside a freed
+    buffer would cost another one of its size.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, REUSED_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def auto_micro_batch_size(batch_size: int, config: GPTConfig, device: str, dtype: str) -> int:
+    """The whole batch on a GPU; on a CPU as much of it as keeps a layer's activations reusable."""
+    elements = config.block_size * max(4 * config.n_embd, attention_elements(config, device, dtype))
+    bytes_per_sequence = elements * (4 if dtype == "float32" else 2)
+    size = batch_size
+    while device == "cpu" and size % 2 == 0 and size * bytes_per_sequence >= REUSED_BYTES:
+        size //= 2
+    return size
+
+
+def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
+    """Attention weights of a layer that are kept for backward, per token."""
+    materialized = device == "cpu" and dtype == "bfloat16"
+    materialized = materialized and config.block_size <= MATMUL_ATTENTION_BLOCK
+    return config.n_head * config.block_size if materialized else 0
+
+
+def memory_needed(model: LanguageModel, micro_batch_size: int, device: str, dtype: str) -> int:
+    """Bytes to train, roughly: weights, gradients and AdamW's moments; activations."""
+    c, elements = model.config, model.activations_per_token()
+    if isinstance(model, GPT):
+        elements += 2 * c.n_layer * attention_elements(c, device, dtype)
+    activations = micro_batch_size * c.block_size * elements * (4 if dtype == "float32" else 2)
+    return 16 * model.n_params() + activations
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes free on a GPU, or the memory of this machine; None if that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    sizes = []
+    if hasattr(os, "sysconf"):  # not on Windows
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes, default=None)
+
+
+def check_memory(model: LanguageModel, micro_batch_size: int, device: str, dtype: str) -> None:
+    """Refuse what cannot fit in memory; what is close to the limit is let through."""
+    available = available_memory(torch.device(device))
+    needed = memory_needed(model, micro_batch_size, device, dtype)
+    if available and needed > available:
+        raise UserError(
+            f"training needs about {needed / 2**30:,.0f} GiB and {device} has "
+            f"{available / 2**30:,.0f}: use a smaller model, micro_batch_size or block_size"
+        )
+
+
+def peak_flops(device: str) -> float | None:
+    """Operations per second that a GPU can do in half precision; None if unknown."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name))
+    return next(matches, None)

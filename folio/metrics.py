@@ -1,0 +1,301 @@
+"""What a run reports: metrics.csv, a progress bar or plain lines, loss.png, and boards on request.
+
+metrics.csv has a row for every log and every evaluation. A cell is empty if nothing was measured:
+
+    iter_num, tokens               updates made, tokens trained on
+    lr, loss, grad_norm            of the last update; loss in nats per token
+    train_loss, val_loss           of an evaluation, nats per token
+    val_bits_per_byte              the same per byte of text, which compares tokenizers
+    tokens_per_second, mfu         since the last log; MFU where the device's peak is known
+    train_seconds, wall_seconds    without and with evaluation, saving and compilation
+
+TensorBoard and Weights & Biases get the same numbers under the same names.
+"""
+
+import csv
+import html
+import importlib.util
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.errors import UserError
+
+COLUMNS = (
+    "iter_num,tokens,lr,loss,grad_norm,train_loss,val_loss,val_bits_per_byte,"
+    "tokens_per_second,mfu,train_seconds,wall_seconds"
+).split(",")
+NUMBER = re.compile(r"-?[0-9.]+(e[+-]?[0-9]+)?|nan|-?inf")
+
+
+class Clock:
+    """Measures training and wall time, from what an earlier part of the run took.
+
+    Training time stands still between stop() and start(), for evaluation, saving and compilation.
+    """
+
+    def __init__(self, device: str, train_seconds: float = 0.0, wall_seconds: float = 0.0):
+        self._device, self._train_seconds, self._started = device, train_seconds, None
+        self._wall_start = time.perf_counter() - wall_seconds
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._device != "cpu":
+            torch.accelerator.synchronize(self._device)
+        self._train_seconds, _ = self.read()
+        self._started = None
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of training and in all, up to now."""
+        now = time.perf_counter()
+        running = 0.0 if self._started is None else now - self._started
+        return self._train_seconds + running, now - self._wall_start
+
+
+class Log:
+    """Writes metrics.csv, and reports on a terminal with a progress bar, elsewhere in lines."""
+
+    def __init__(
+        self,
+        out_dir: Path,
+        iter_num: int,
+        tokens: int,
+        train_seconds: float,
+        max_iters: int,
+        boards: "list[TensorBoard | WandB]",
+    ):
+        """Continue from there; rows beyond `iter_num`, left by a run that was killed, are cut."""
+        self._boards = boards
+        self._path = path = out_dir / "metrics.csv"
+        self._previous = tokens, train_seconds
+        rows = [row for row in read_metrics(path) if int(row["iter_num"]) <= iter_num]
+        temporary = path.with_name(path.name + ".partial")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = self._writer(file)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, path)
+        self._file = open(path, "a", newline="", encoding="utf-8")
+        self._csv = self._writer(self._file)
+        total = max_iters or None
+        self.bar = tqdm(initial=iter_num, total=total, unit="it", dynamic_ncols=True, disable=None)
+
+    @staticmethod
+    def _writer(file) -> csv.DictWriter:
+        return csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        with suppress(OSError):  # every row was flushed
+            self._file.close()
+        for board in self._boards:
+            board.close()
+
+    def tokens_per_second(self, tokens: int, train_seconds: float) -> float:
+        """The speed since the last call."""
+        previous_tokens, previous_seconds = self._previous
+        self._previous = tokens, train_seconds
+        return (tokens - previous_tokens) / (train_seconds - previous_seconds)
+
+    def write(self, **row: int | float | None) -> None:
+        """Append a row; None is an empty cell."""
+        with _name_file(self._path):
+            self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
+            self._file.flush()
+        measured = {k: v for k, v in row.items() if v is not None}
+        for board in self._boards:
+            board.write(measured)
+
+    def add_sample(self, iter_num: int, text: str) -> None:
+        """Print a generated text, and pass it to the boards."""
+        print_line(f"--- sample at iteration {iter_num:,}\n{text}")
+        for board in self._boards:
+            board.add_sample(iter_num, text)
+
+    def show_status(self, iter_num: int, text: str) -> None:
+        """Show where the run is: in the progress bar, or on a line if there is none."""
+        if self.bar.disable:
+            print_line(f"iter {iter_num:,}: {text}")
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
+
+
+def print_line(text: str) -> None:
+    """Print a line that stays, above the progress bar if there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+@contextmanager
+def _name_file(path: Path) -> Iterator[None]:
+    """Have an OSError say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+# ---- boards -------------------------------------------------------------------------------------
+
+
+class TensorBoard:
+    """Event files in out/<run>/tensorboard, for `tensorboard --logdir out`."""
+
+    def __init__(self, out_dir: Path, iter_num: int, options: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # a resumed run's curves continue; events beyond its checkpoint are hidden
+        resumed_from = iter_num + 1 if iter_num else None
+        self._writer = SummaryWriter(out_dir / "tensorboard", purge_step=resumed_from)
+        rows = [f"| {name} | {value} |" for name, value in options.items()]
+        self._writer.add_text("options", "\n".join(["| option | value |", "|--|--|", *rows]))
+
+    def write(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, row["iter_num"])
+
+    def add_sample(self, iter_num: int, text: str) -> None:
+        code_block = "".join(f"    {line}\n" for line in text.split("\n"))  # shown as it is
+        self._writer.add_text("sample", code_block, iter_num)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
+
+    def __init__(self, out_dir: Path, project: str, name: str, run_id: str, options: dict):
+        import wandb
+
+        self._wandb = wandb
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name or out_dir.name,
+                id=run_id,
+                resume="allow",
+                dir=out_dir,
+                config=options,
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"--wandb: {error}; WANDB_MODE=offline needs no account and no network"
+            ) from None
+        self._run.define_metric("*", step_metric="iter_num")
+
+    def write(self, row: dict[str, float]) -> None:
+        self._run.log(row)
+
+    def add_sample(self, iter_num: int, text: str) -> None:
+        code_block = self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+        self._run.log({"iter_num": iter_num, "sample": code_block})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_boards(
+    out_dir: Path, iter_num: int, run_id: str, options: dict
+) -> list[TensorBoard | WandB]:
+    """The boards that a run's options ask for."""
+    boards = []
+    if options["tensorboard"]:
+        boards.append(TensorBoard(out_dir, iter_num, options))
+    if options["wandb"]:
+        names = options["wandb_project"], options["wandb_run_name"]
+        boards.append(WandB(out_dir, *names, run_id, options))
+    return boards
+
+
+def require_package(package: str) -> None:
+    """UserError if a board's package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"--{package} needs the package {package}: pip install {package}")
+
+
+# ---- reading and drawing ------------------------------------------------------------------------
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; lines that a kill cut short, or that are no rows, are left out."""
+    if not path.exists():
+        return []
+    rows = []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            row = dict(zip(COLUMNS, values := line.rstrip("\n").split(","), strict=False))
+            complete = len(values) == len(COLUMNS) and row["iter_num"].isdecimal() and values[-1]
+            if complete and all(not v or NUMBER.fullmatch(v) for v in values):
+                rows.append(row)
+    return rows
+
+
+def plot_losses(out_dir: Path, bigram_loss: float) -> None:
+    """Draw a run's metrics.csv as its loss.png; `bigram_loss` in nats per token is a baseline."""
+    with _figure(out_dir / "loss.png", out_dir.name) as axes:
+        rows = read_metrics(out_dir / "metrics.csv")
+        _plot(axes, rows, "loss", color="0.75", label="training, each batch")
+        _plot(axes, rows, "train_loss", color="C0", marker="o", label="training, evaluated")
+        _plot(axes, rows, "val_loss", color="C1", marker="o", label="validation")
+        style = {"color": "0.3", "linestyle": "--", "linewidth": 1}
+        axes.axhline(bigram_loss, label="bigram, from counts", **style)
+
+
+def plot_runs(out_dirs: list[Path], path: Path) -> None:
+    """Draw the validation losses of several runs, and their training losses faintly, as `path`."""
+    with _figure(path, "validation loss") as axes:
+        for i, out_dir in enumerate(out_dirs):
+            rows = read_metrics(out_dir / "metrics.csv")
+            _plot(axes, rows, "loss", color=f"C{i % 10}", alpha=0.25)
+            label = _printable(str(out_dir))
+            _plot(axes, rows, "val_loss", color=f"C{i % 10}", marker="o", label=label)
+
+
+@contextmanager
+def _figure(path: Path, title: str) -> Iterator:
+    """Axes for losses over updates, which are saved as `path`, atomically, when all is drawn."""
+    from matplotlib.figure import Figure  # here: it takes half a second
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="updates (iter_num)", ylabel="loss (nats per token)")
+    yield axes
+    axes.set_title(_printable(title), parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = path.with_name(path.name + ".partial")
+    with _name_file(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a character of the title has no glyph
+        figure.savefig(temporary, dpi=120, format="png")
+    os.replace(temporary, path)
+
+
+def _plot(axes, rows: list[dict[str, str]], column: str, **style: object) -> None:
+    points = [(int(row["iter_num"]), float(row[column])) for row in rows if row[column]]
+    if points:
+        axes.plot(*zip(*points, strict=True), markersize=4, **style)
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people say it: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,279 @@
+"""A run's folder: its lock, its checkpoints under three names, and how a run goes on from them.
+
+    out/<run>/run.json                              the run's id and options
+    out/<run>/ckpt.safetensors                      the latest state
+    out/<run>/best.safetensors                      the state with the best validation loss
+    out/<run>/snapshots/iter_000500.safetensors     kept every snapshot_interval updates
+    out/<run>/metrics.csv, loss.png                 folio/metrics.py
+
+The best state and the snapshots are hard links to what was ckpt.safetensors when they were made,
+and copies on a disk without links. A new run never overwrites an older one, which is moved aside.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+from torch import Tensor
+
+from data import bins
+from data.errors import UserError
+from folio import checkpoint, gpt2
+from folio.checkpoint import TEMPORARY, Checkpoint, sync_folder, write_file
+
+LATEST, BEST, SNAPSHOTS = "ckpt.safetensors", "best.safetensors", "snapshots"
+RECORD, LOCK = "run.json", ".lock"
+
+
+# ---- the folder ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock(out_dir: Path) -> Iterator[None]:
+    """Hold a run's folder for this process alone; UserError if another one does."""
+    held = filelock.FileLock(out_dir / LOCK, timeout=0)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"another process is training in {out_dir}; use another --out_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def check_new_folder(out_dir: Path) -> bool:
+    """UserError if no new run can go there; else, is there an older run to be moved aside?"""
+    if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
+        raise UserError(f"--out_dir={out_dir} cannot be a folder for a run")
+    entries = out_dir.iterdir() if out_dir.exists() else ()
+    names = {path.name for path in entries if path.suffix != ".partial"}
+    if names - {LOCK} and not names & {"metrics.csv", RECORD}:
+        raise UserError(f"--out_dir={out_dir} has files that are not a run's; use another folder")
+    if names:
+        with lock(out_dir):
+            pass  # only to see that nobody trains there
+    return bool(names)
+
+
+@contextmanager
+def new_folder(out_dir: Path) -> Iterator[None]:
+    """Create and hold the folder of a new run; an older run there is moved aside first."""
+    has_older_run = check_new_folder(out_dir)
+    if out_dir.is_symlink():
+        out_dir = out_dir.resolve()  # the link stays
+    if has_older_run:  # its lock is not held meanwhile: Windows moves no folder with an open file
+        bins.move_aside(out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=not has_older_run)
+    except FileExistsError:
+        raise UserError(f"a run has just started in {out_dir}; use another --out_dir") from None
+    with lock(out_dir):
+        yield
+
+
+def write_record(out_dir: Path, run_id: str, options: dict) -> None:
+    """Write run.json."""
+    text = json.dumps({"run_id": run_id, "options": options}, indent=1) + "\n"
+    write_file(out_dir / RECORD, [text.encode()], out_dir / TEMPORARY)
+
+
+def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -> None:
+    """Refuse a run whose checkpoints clearly do not fit on the disk.
+
+    These are the latest, the best, the one being written, and the snapshots.
+    """
+    folder, reused = out_dir.absolute(), {}
+    if resuming:  # the run's own checkpoints make room; a file may have several names
+        paths = [folder / LATEST, folder / BEST, *snapshots(folder)]
+        reused = {p.stat().st_ino: p.stat().st_size for p in paths if p.exists()}
+    while not folder.exists():
+        folder = folder.parent
+    needed = (3 + n_snapshots) * 12 * n_params
+    free = shutil.disk_usage(folder).free + sum(reused.values())
+    if free < needed:
+        raise UserError(
+            f"--out_dir={out_dir}: {3 + n_snapshots} checkpoints need about "
+            f"{needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+            "use another disk, or set keep_snapshots"
+        )
+
+
+# ---- saving -------------------------------------------------------------------------------------
+
+
+def save_run(
+    out_dir: Path, tensors: dict[str, Tensor], meta: dict, best: bool, snapshot: bool, keep: int
+) -> None:
+    """Save a run's state as its latest, and also as its best and as a snapshot if asked.
+
+    Of the snapshots the newest `keep` are kept; 0 keeps all.
+    """
+    checkpoint.save(out_dir / LATEST, tensors, meta)
+    link_latest(out_dir, meta["progress"]["iter_num"], best, snapshot)
+    if snapshot and keep:
+        for old in snapshots(out_dir)[:-keep]:
+            os.unlink(old)
+
+
+def link_latest(out_dir: Path, iter_num: int, best: bool, snapshot: bool) -> None:
+    """Give the latest state the name of the best, or of the snapshot of its iteration, if asked."""
+    if best:
+        _link(out_dir, out_dir / LATEST, out_dir / BEST)
+    if snapshot:
+        folder = out_dir / SNAPSHOTS
+        if not folder.is_dir():
+            os.mkdir(folder)
+            sync_folder(out_dir)
+        _link(out_dir, out_dir / LATEST, folder / f"iter_{iter_num:06d}.safetensors")
+
+
+def snapshots(out_dir: Path) -> list[Path]:
+    """A run's snapshots, the oldest first."""
+    return sorted((out_dir / SNAPSHOTS).glob("iter_*.safetensors"), key=_snapshot_iter)
+
+
+def _snapshot_iter(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.stem) or 0)
+
+
+def _link(out_dir: Path, source: Path, target: Path) -> None:
+    """Make `target` another name of the file `source`, or a copy on a disk without hard links."""
+    temporary = out_dir / TEMPORARY
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        write_file(target, _read_blocks(source), temporary)
+        return
+    os.replace(temporary, target)
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)  # replacing one name of a file by another of its names does nothing
+    sync_folder(target.parent)
+
+
+def _read_blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+# ---- finding and loading ------------------------------------------------------------------------
+
+
+def newest_run(parent: Path) -> Path:
+    """The folder in `parent` whose run saved last; UserError if there is none."""
+    saved = [path for path in parent.glob(f"*/{LATEST}") if path.is_file()]
+    if not saved:
+        raise UserError(f"no run in {parent}/ has a checkpoint yet; train one: python train.py")
+    return max(saved, key=lambda path: path.stat().st_mtime).parent
+
+
+def open_checkpoint(name: str, cache_dir: str = "") -> Checkpoint:
+    """Load what --checkpoint or --init_from names, checked to be a model.
+
+    That is a file, a run's folder, for which best.safetensors is used, a folder in transformers'
+    format, or one of GPT-2's names. UserError if it does not exist or cannot be used.
+    """
+    if folder := gpt2.find_folder(name, cache_dir):
+        return gpt2.load(name, folder)
+    path = Path(name)
+    if path.is_dir():
+        candidates = [path / BEST, path / LATEST]
+        path = next((p for p in candidates if p.is_file()), None)
+        if path is None:
+            raise UserError(f"{name or '.'} is a folder without {BEST} or {LATEST}")
+    ckpt = checkpoint.load(path)
+    checkpoint.check_model(ckpt)
+    return ckpt
+
+
+def load_latest(out_dir: Path) -> Checkpoint:
+    """Load a run's latest state.
+
+    If ckpt.safetensors is damaged or belongs to another run, the newest intact one of the other
+    checkpoints is used, and a line says so. UserError if there is none.
+    """
+    others = [path for path in (out_dir / BEST, *snapshots(out_dir)) if path.is_file()]
+    others.sort(key=lambda path: _claimed_progress(path).get("iter_num", -1), reverse=True)
+    problems = []
+    for path in (out_dir / LATEST, *others):
+        try:
+            ckpt = load_from_run(out_dir, path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            iter_num = ckpt.meta["progress"].get("iter_num")
+            print(f"{problems[0]}; resuming from {path}, iteration {iter_num}")
+        return ckpt
+    more = f"; nor is any of {len(others)} others" if others else ""
+    raise UserError(problems[0] + more)
+
+
+def load_from_run(out_dir: Path, path: Path) -> Checkpoint:
+    """Load one of a run's checkpoints; UserError if run.json names another run."""
+    ckpt = checkpoint.load(path)
+    try:
+        run_id = json.loads((out_dir / RECORD).read_text("utf-8"))["run_id"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        run_id = None  # only a checkpoint was copied here
+    if run_id not in (None, ckpt.meta["run_id"]):
+        found = ckpt.meta["run_id"]
+        raise UserError(f"{path} belongs to another run: {found!r}, not {run_id!r}")
+    return ckpt
+
+
+def _claimed_progress(path: Path) -> dict:
+    """The progress in a file's header, which is not verified; {} if there is none."""
+    progress = checkpoint.read_header(path).get("progress")
+    return progress if type(progress) is dict and type(progress.get("iter_num")) is int else {}
+
+
+# ---- going on -----------------------------------------------------------------------------------
+
+
+def rewind(out_dir: Path, path: Path, iter_num: int) -> None:
+    """Make the checkpoint `path`, at `iter_num`, the latest.
+
+    What it replaces, and checkpoints beyond it, are moved to out_dir/beyond_ITER, with a line.
+    """
+    latest = out_dir / LATEST
+    beyond = [p for p in snapshots(out_dir) if _snapshot_iter(p) > iter_num]
+    if _claimed_progress(out_dir / BEST).get("iter_num", -1) > iter_num:
+        beyond.append(out_dir / BEST)
+    keep_latest = path != latest and latest.exists() and not path.samefile(latest)
+    if beyond or keep_latest:
+        folder = bins.free_name(out_dir / f"beyond_{iter_num:06d}")
+        os.mkdir(folder)
+        if keep_latest:
+            _link(out_dir, latest, folder / LATEST)
+        for p in beyond:
+            os.replace(p, folder / p.name)
+        if (log := out_dir / "metrics.csv").exists():
+            write_file(folder / log.name, _read_blocks(log), out_dir / TEMPORARY)
+        print(f"moved what lies beyond iteration {iter_num:,} to {folder}")
+    if path != latest:
+        _link(out_dir, path, latest)
+
+
+def restore_best(out_dir: Path, best_val_loss: float | None) -> bool:
+    """Make best.safetensors the state that had `best_val_loss`; False if no checkpoint has it."""
+    if best_val_loss is None:
+        return False
+    for path in (out_dir / BEST, *snapshots(out_dir)):
+        progress = _claimed_progress(path)
+        evaluated = progress.get("eval_iter") == progress.get("iter_num")
+        if evaluated and progress.get("val_loss") == best_val_loss:
+            if path != out_dir / BEST:
+                _link(out_dir, path, out_dir / BEST)
+            return True
+    return False

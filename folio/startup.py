@@ -1,0 +1,183 @@
+"""What a run starts from: its data set, built if need be, and the options of a checkpoint."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from data import bins
+from data.errors import UserError
+from folio import run_folder
+from folio.checkpoint import Checkpoint, check_model
+from folio.machine import memory_needed
+from folio.run import Run
+from model import GPTConfig
+
+ROOT = Path(__file__).parent.parent
+DOWNLOAD_SECONDS = 10  # how long the quick start waits for its text before it uses another
+
+
+def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
+    """Open a data set; if it is missing and prepare.py knows how, build it first.
+
+    The quick start, for which the user named none, trains on the Python language reference if tiny
+    Shakespeare cannot be downloaded within seconds. That one needs no download.
+    """
+    if data_dir.is_file():
+        raise UserError(f"--data_dir={data_dir} is a file, not a folder")
+    if not (data_dir / name).is_dir():
+        try:
+            _run_prepare(data_dir, name, DOWNLOAD_SECONDS if quick_start else None)
+        except UserError as error:
+            if not quick_start:
+                raise
+            reason = str(error).split(";")[0]
+            print(f"no tiny Shakespeare: {reason}; training on pydocs, Python's own reference")
+            name = "pydocs"
+            if not (data_dir / name).is_dir():
+                _run_prepare(data_dir, name)
+    return bins.load(data_dir / name)
+
+
+def _run_prepare(data_dir: Path, name: str, timeout: float | None = None) -> None:
+    """Run prepare.py; raise what it reports, or UserError after `timeout` seconds."""
+    command = [sys.executable, str(ROOT / "prepare.py"), name, f"--data_dir={data_dir}"]
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the download took more than {timeout} seconds") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["prepare.py gave no reason"]
+        reason = lines[-1].removeprefix("error: ")
+        raise UserError(reason) if done.returncode == 2 else OSError(reason)
+
+
+def check_dataset(dataset: bins.Dataset, block_size: int, vocab_size: int) -> None:
+    """Refuse a data set that is too short, or has more ids than the model."""
+    shortest = 2 * (block_size + 1)
+    for split in (dataset.train, dataset.val):
+        if len(split.tokens) < shortest:
+            raise UserError(
+                f"{split.path} has {len(split.tokens)} tokens, but two windows of block_size="
+                f"{block_size} need {shortest}: use a longer text or a smaller block_size"
+            )
+    if vocab_size < dataset.vocab_size:
+        raise UserError(
+            f"vocab_size={vocab_size} is below the {dataset.vocab_size} ids of {dataset.folder}"
+        )
+
+
+def check_same_data(dataset: bins.Dataset, ckpt: Checkpoint, resuming: bool) -> None:
+    """Refuse a data set with another tokenizer than the checkpoint's, or, to resume, other data."""
+    if ckpt.meta["tokenizer"] != dataset.tokenizer:
+        raise UserError(f"{dataset.folder} has another tokenizer than {ckpt.path}")
+    if resuming and ckpt.meta["dataset"] != dataset.fingerprint:
+        raise UserError(f"{dataset.folder} is not the data set that {ckpt.path} was trained on")
+
+
+def find_resumed(out_dir: str, path: str) -> Path:
+    """The folder of the run to resume: `out_dir`, that of the checkpoint `path`, or, if both are
+    empty, that of the newest run in out/."""
+    if not path:
+        folder = Path(out_dir or run_folder.newest_run(Path("out")))
+        if not folder.is_dir():
+            raise UserError(f"no run in {folder}: no such folder")
+        names = (run_folder.RECORD, run_folder.LATEST, run_folder.BEST, run_folder.SNAPSHOTS)
+        if not any((folder / name).exists() for name in names):
+            raise UserError(f"no run in {folder}: it has none of {', '.join(names)}")
+        return folder
+    file = Path(path)
+    folder = file.parent.parent if file.parent.name == run_folder.SNAPSHOTS else file.parent
+    if not file.is_file():
+        raise UserError(f"cannot open checkpoint {path}: no such file")
+    if not (folder / run_folder.RECORD).is_file():
+        raise UserError(f"{path} is not in a run's folder; to start from it: --init_from={path}")
+    if out_dir and Path(out_dir).resolve() != folder.resolve():
+        raise UserError(f"{path} belongs to the run in {folder}, not to {out_dir}")
+    return folder
+
+
+def load_start(given: dict) -> Checkpoint | None:
+    """Load the checkpoint that the option init_from means; None for scratch."""
+    init_from = given.get("init_from", "scratch")
+    if init_from == "scratch":
+        return None
+    if init_from != "resume":
+        return run_folder.open_checkpoint(init_from, given.get("cache_dir", ""))
+    path = given.get("checkpoint", "")
+    folder = find_resumed(given.get("out_dir", ""), path)
+    ckpt = run_folder.load_from_run(folder, Path(path)) if path else run_folder.load_latest(folder)
+    check_model(ckpt)
+    return ckpt
+
+
+def resumed_options(given: dict, ckpt: Checkpoint, known: set[str]) -> dict:
+    """The options of the run that `ckpt` is a state of, under what is given now.
+
+    UserError for one that cannot change. Options that Folio no longer has are dropped.
+    """
+    saved = {**_model_options(ckpt), "optimizer": "adamw", **ckpt.meta["run_config"]}
+    if "micro_batch_size" not in saved:
+        path = ckpt.path
+        raise UserError(f"{path} was not trained by Folio; to start from it: --init_from={path}")
+    saved = {name: value for name, value in saved.items() if name in known}
+    for name in (*_model_options(ckpt), "seed", "optimizer"):
+        if name != "dropout" and given.get(name, saved[name]) != saved[name]:
+            raise _made_with(ckpt, name, given[name], saved[name])
+    changed = {name for name in given if given[name] != saved.get(name)}
+    if changed & {"batch_size", "device"}:  # what was chosen for it may not fit any more
+        saved["micro_batch_size"] = 0
+    if "device" in changed:
+        saved["compile"] = "auto"
+    return {**saved, **given}
+
+
+def finetuned_options(given: dict, ckpt: Checkpoint) -> dict:
+    """The model of `ckpt`, and its data set unless another is given, under what is given now.
+
+    The block may be cropped and the vocabulary padded; UserError for another change of the model.
+    """
+    saved = _model_options(ckpt)
+    for name in saved:
+        if name == "dropout" or given.get(name, saved[name]) == saved[name]:
+            continue
+        crops = name == "block_size" and given[name] < saved[name]
+        pads = name == "vocab_size" and given[name] > saved[name]
+        if not (crops or pads):
+            raise _made_with(ckpt, name, given[name], saved[name])
+    if "dataset" not in given:
+        run_config = ckpt.meta.get("run_config", {})
+        saved |= {name: run_config[name] for name in ("dataset", "data_dir") if name in run_config}
+    return {**saved, **given}
+
+
+def _model_options(ckpt: Checkpoint) -> dict:
+    defaults = {f.name: f.default for f in fields(GPTConfig)}
+    return {"model": ckpt.meta["model"], **defaults, **ckpt.meta["model_config"]}
+
+
+def _made_with(ckpt: Checkpoint, name: str, given: object, saved: object) -> UserError:
+    return UserError(f"{name}={given}, but {ckpt.path} was made with {name}={saved}")
+
+
+def describe(run: Run) -> None:
+    """Print the machine, the data and the model."""
+    cfg, data, model = run.cfg, run.dataset, run.model
+    name = f"{torch.get_num_threads()} threads"
+    if cfg.device.startswith("cuda"):
+        name = torch.cuda.get_device_name(cfg.device)
+    print(f"machine: {cfg.device} ({name}), {cfg.dtype}, {'compiled' if cfg.compile else 'eager'}")
+    print(
+        f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids, "
+        f"{len(data.train.tokens):,} to train on, {len(data.val.tokens):,} to validate"
+    )
+    shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, block {cfg.block_size}"
+    memory = memory_needed(model, cfg.micro_batch_size, cfg.device, cfg.dtype)
+    print(
+        f"model:   {shape if cfg.model == 'gpt' else 'bigram'}: {model.n_params():,} parameters, "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token, "
+        f"about {memory / 2**20:,.0f} MiB to train",
+        flush=True,
+    )

@@ -1,0 +1,114 @@
+"""The runs in out/: list, show, verify and plot them.
+
+python runs.py                                       list the runs in out/
+python runs.py list elsewhere                        or in another folder
+python runs.py show out/mine                         what a run's checkpoints are
+python runs.py verify out/mine other.safetensors     are all bytes right?
+python runs.py plot out/a out/b --output=ab.png      losses of several runs in one picture
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data.errors import UserError
+from folio import checkpoint, metrics, run_folder
+from folio.checkpoint import Checkpoint
+from folio.options import build_options, read_options
+from folio.process import script
+
+
+@dataclass
+class RunsConfig:
+    action: Literal["list", "show", "verify", "plot"] = "list"  # what to do
+    paths: tuple[str, ...] = ()  # runs' folders or checkpoints; for list the folder of all runs
+    output: str = "runs.png"  # where plot saves its picture
+
+
+@script
+def main(argv: list[str]) -> int:
+    given, _ = read_options(RunsConfig, argv, positional=("action", "paths"))
+    options = build_options(RunsConfig, given)
+    paths = [Path(word) for word in options.paths]
+    if options.action == "list":
+        return list_runs(paths or [Path("out")])
+    if not paths:
+        raise UserError(f"usage: python runs.py {options.action} PATH ...")
+    if options.action == "plot":
+        return plot_runs(paths, Path(options.output))
+    return verify(paths, show=options.action == "show")
+
+
+def list_runs(parents: list[Path]) -> int:
+    """Print a line per run, the latest last, from the unverified headers of their checkpoints."""
+    found = [path for parent in parents for path in parent.glob(f"*/{run_folder.LATEST}")]
+    if not found:
+        raise UserError(f"no runs in {', '.join(map(str, parents))}")
+    print(f"{'run':<30}{'model':>12}{'updates':>10}{'best loss':>11}{'minutes':>9}  saved")
+    for path in sorted(found, key=lambda path: path.stat().st_mtime):
+        meta = {"model_config": {}, "progress": {}, **checkpoint.read_header(path)}
+        config, progress = meta["model_config"], meta["progress"]
+        shape = f"{config.get('n_layer')} x {config.get('n_embd')}"
+        shape = meta.get("model", "?") if meta.get("model") != "gpt" else shape
+        loss, minutes = progress.get("best_val_loss"), progress.get("train_seconds", 0.0) / 60
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        print(
+            f"{str(path.parent):<30}{shape:>12}{progress.get('iter_num', 0):>10,}"
+            f"{'-' if loss is None else f'{loss:.4f}':>11}{minutes:>9.1f}  {saved}"
+        )
+    return 0
+
+
+def plot_runs(paths: list[Path], output: Path) -> int:
+    for path in paths:
+        if not (path / "metrics.csv").is_file():
+            raise UserError(f"{path} is not a run's folder: it has no metrics.csv")
+    metrics.plot_runs(paths, output)
+    print(f"saved:   {output}")
+    return 0
+
+
+def verify(paths: list[Path], show: bool) -> int:
+    """Read every checkpoint completely; return 2 if one is damaged."""
+    files, n_damaged = [file for path in paths for file in checkpoint_files(path)], 0
+    for file in files:
+        try:
+            ckpt = checkpoint.load(file)
+        except UserError as error:
+            print(error)
+            n_damaged += 1
+            continue
+        print(f"{file}: all bytes are right")
+        if show:
+            print_meta(ckpt)
+    if n_damaged:
+        print(f"error: {n_damaged} of {len(files)} checkpoints are damaged", file=sys.stderr)
+    return 2 if n_damaged else 0
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The file itself, or all checkpoints of a run's folder."""
+    if not path.is_dir():
+        return [path]
+    candidates = [path / run_folder.LATEST, path / run_folder.BEST, *run_folder.snapshots(path)]
+    files = [file for file in candidates if file.is_file()]
+    if not files:
+        raise UserError(f"{path} is a folder without checkpoints")
+    return files
+
+
+def print_meta(ckpt: Checkpoint) -> None:
+    meta, tensors = ckpt.meta, ckpt.tensors
+    n_params = sum(t.numel() for name, t in tensors.items() if name.startswith("model."))
+    print(f"  run          {meta['run_id']}: {meta['model']}, {n_params:,} parameters")
+    print(f"  size         {ckpt.path.stat().st_size:,} bytes, {len(tensors)} tensors")
+    print(f"  tokenizer    {meta['tokenizer'].get('kind')}")
+    for title in ("progress", "model_config", "run_config"):
+        for name, value in meta[title].items():
+            print(f"  {title:<12} {name} = {value}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
