@@ -113,13 +113,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     them. n_head / n_kv_head queries share a key and value (Ainslie et al. 2023, "GQA"). There is
     no dropout on the attention weights: it would rule out SDPA's fused kernel.
     """
-    n_shared = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1:  # queries that share a key are stacked as if they were T queries of a head
-        stacked = q.reshape(len(q), k.shape[1], n_shared, q.shape[3])
-        return F.scaled_dot_product_attention(stacked, k, v).reshape(q.shape)
-    if n_shared > 1:
-        k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))
-    return causal_attention(q, k, v)
+    B, n_head, T, D = q.shape
+    n_shared = n_head // k.shape[1]
+    if T > 1:
+        if n_shared > 1:
+            k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))
+        return causal_attention(q, k, v)
+    if n_shared > 1:  # stacked as if they were queries of several tokens
+        q = q.reshape(B, -1, n_shared, D)
+    return F.scaled_dot_product_attention(q, k, v).reshape(B, n_head, 1, D)
 
 
 def rope_cos_sin(positions: Tensor, head_dim: int) -> Rope:

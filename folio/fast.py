@@ -72,9 +72,12 @@ def token_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits x weight^T over the targets that are not -1.
 
     x (B, T, C), weight (V, C), targets (B, T). With 50,257 ids a training step on a CPU is 2.5
-    times faster than with the plain form, and no float32 copy of the logits exists.
+    times faster than with the plain form, and no float32 copy of the logits exists. Compiled, the
+    plain form is faster; and compiling the other takes ten times as long.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
     return TokenLoss.apply(x, weight, targets, torch.is_grad_enabled())
 
 

@@ -254,6 +254,16 @@ def test_the_loss_is_cross_entropy_whatever_is_held_at_a_time(
         assert (ours - exact).norm() <= within * exact.norm()
 
 
+def test_compiled_the_loss_is_the_plain_one(monkeypatch):
+    """Unrolled, the rows of TokenLoss would take a minute to compile."""
+    x, weight = torch.randn(2, 7, 16), torch.randn(30, 16)
+    targets = torch.randint(-1, 30, (2, 7))
+    expected = token_loss(x, weight, targets)
+    monkeypatch.setattr(fast, "TokenLoss", None)
+    compiled = torch.compile(token_loss, backend="eager")
+    assert torch.allclose(compiled(x, weight, targets), expected)
+
+
 def test_ignored_targets_count_for_nothing():
     model = GPT(SMALL)
     idx, targets = random_batch(SMALL)

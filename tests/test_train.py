@@ -118,6 +118,21 @@ def test_snapshots(train_small):
     assert kept == ["iter_000016.safetensors", "iter_000020.safetensors"]
 
 
+def test_samples_of_a_deterministic_run(train_small, monkeypatch):
+    """CUDA has no deterministic cumsum: there a draw would end the run."""
+    enabled, cumsum = [], torch.Tensor.cumsum
+
+    def watched(self, *args, **kwargs):
+        enabled.append(torch.are_deterministic_algorithms_enabled())
+        return cumsum(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", watched)
+    assert train_small("--deterministic", "--max_iters=2") == 0
+    assert enabled and not any(enabled)
+    assert torch.are_deterministic_algorithms_enabled(), "but for samples it is"
+    torch.use_deterministic_algorithms(False)
+
+
 def test_samples_on_the_way(train_small, capsys):
     assert train_small("--sample_interval=10", "--sample_prompt=The", "--num_samples=1") == 0
     out = capsys.readouterr().out
@@ -203,6 +218,17 @@ def test_max_seconds_counts_over_all_resumes(train_small, resume_run, capsys):
     assert f"max_seconds=0.2 reached after {iter_num:,} updates" in capsys.readouterr().out
     assert resume_run(f"--max_seconds={seconds + 0.1}") == 0
     assert int(rows()[-1]["iter_num"]) > iter_num
+
+
+def test_a_loss_of_zero_is_a_loss(train_small, resume_run, capsys):
+    """And no missing one, which would never reach a target."""
+    assert train_small("--max_iters=2", "--eval_interval=2") == 0
+    tensors, meta = load("run/ckpt.safetensors")
+    meta["progress"] |= {"train_loss": 0.0, "val_loss": 0.0, "best_val_loss": 0.0}
+    checkpoint.save(Path("run/ckpt.safetensors"), tensors, meta)
+    for target in ("target_val_loss", "target_train_loss"):
+        assert resume_run("--max_iters=9", f"--{target}=0.1") == 0
+        assert f"done:    {target}=0.1 reached after 2 updates" in capsys.readouterr().out
 
 
 # ---- what an update is
@@ -334,6 +360,34 @@ def test_a_run_goes_on_with_its_data_set_under_any_name(train_small, resume_run,
     (data_dir / "other" / "meta.json").write_text(json.dumps(other))
     assert resume_run("--dataset=other", "--max_iters=3") == 2
     assert "is not the data set that" in capsys.readouterr().err
+
+
+WORSE = ("--max_iters=8", "--learning_rate=1", "--schedule=constant")  # two updates that harm
+
+
+def test_going_back_before_the_best_keeps_a_best(train_small, resume_run):
+    """best.safetensors is the state with best_val_loss, or there is neither."""
+    argv = ("--eval_interval=4", "--snapshot_interval=6", "--max_iters=12")
+    assert train_small(*argv, "--learning_rate=3e-3") == 0
+    _, best = load("run/best.safetensors")
+    assert best["progress"]["iter_num"] == 12
+    # the best before iteration 6 was that of iteration 4, which no file has any more
+    back = "--checkpoint=run/snapshots/iter_000006.safetensors"
+    assert resume_run(back, *WORSE) == 0
+    _, latest = load("run/ckpt.safetensors")
+    _, best = load("run/best.safetensors")
+    assert best["progress"]["iter_num"] == 8
+    assert latest["progress"]["best_val_loss"] == best["progress"]["val_loss"]
+
+
+def test_going_back_finds_the_best_among_the_snapshots(train_small, resume_run):
+    argv = ("--eval_interval=4", "--snapshot_interval=2", "--max_iters=12")
+    assert train_small(*argv, "--learning_rate=3e-3") == 0
+    assert resume_run("--checkpoint=run/snapshots/iter_000006.safetensors", *WORSE) == 0
+    _, best = load("run/best.safetensors")
+    _, latest = load("run/ckpt.safetensors")
+    assert best["progress"]["iter_num"] == 4
+    assert latest["progress"]["best_val_loss"] == best["progress"]["val_loss"]
 
 
 def test_finetuning_takes_the_weights_and_nothing_else(train_small, capsys):
@@ -583,6 +637,16 @@ def test_the_quick_start_checks_its_options_before_it_writes(tmp_path, monkeypat
         assert train.main([option]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_that_ends_in_py_is_no_recipe(tmp_path, data_dir, monkeypatch):
+    """The quick start's recipe is used where no other is named."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--wandb_run_name=hello.py", "--wandb_project", "other.py", "--dataset=small"]
+    argv += [f"--data_dir={data_dir}", "--max_iters=1", "--num_samples=0", "--eval_tokens=256"]
+    assert script.main(argv) == 0
+    _, meta = load("out/small/ckpt.safetensors")
+    assert meta["model_config"]["n_embd"] == 128, "not GPT-2's 768"
 
 
 def test_only_the_quick_start_chooses_another_data_set(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
+from folio import checkpoint  # noqa: E402
 
 
 class NoDigest:

@@ -10,8 +10,8 @@ import sys
 import torch
 from attention_cpu import medians
 
-from model import Dropout
-from train import keep_freed_memory
+from folio.fast import Dropout
+from folio.machine import reuse_freed_memory
 
 SHAPES = [(12, 64, 128), (16, 256, 128), (64, 256, 384)]
 KINDS = {"torch": torch.nn.Dropout(0.2), "Folio": Dropout(0.2)}
@@ -19,7 +19,7 @@ KINDS = {"torch": torch.nn.Dropout(0.2), "Folio": Dropout(0.2)}
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 21
-    keep_freed_memory()
+    reuse_freed_memory()
     print(f"{'B, T, C':>14}" + "".join(f"{name:>12}" for name in KINDS))
     for shape in SHAPES:
         x = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)

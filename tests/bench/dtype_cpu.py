@@ -3,7 +3,7 @@
     python tests/bench/dtype_cpu.py [ROUNDS]
 
 The two alternate, on random tokens; printed are the medians and their ratio. What `dtype=auto`
-chooses (choose_machine in train.py) follows from this table.
+chooses (fast_dtype in folio/machine.py) follows from this table.
 """
 
 import statistics

@@ -41,8 +41,8 @@ print(json.dumps([seconds, max(peak) - before, weights]))
 """
 WAYS = {
     "Folio": (
-        "import data.download, safetensors; from model import GPT",
-        "GPT.from_pretrained(sys.argv[1])",
+        "from folio import checkpoint, gpt2",
+        "checkpoint.build_model(gpt2.load(sys.argv[1], Path(sys.argv[1])))",
     ),
     "transformers": (
         "from transformers import GPT2LMHeadModel",

@@ -1,9 +1,10 @@
-"""What the benchmarks of single updates share: a data set of random tokens, and a run on it."""
+"""For the benchmarks of single updates: a data set of random tokens, and a run on it."""
 
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
 import train  # noqa: E402
 from data import bins  # noqa: E402
+from folio import machine  # noqa: E402
+from folio.options import read_options  # noqa: E402
+from folio.run import Run, build_run  # noqa: E402
 
-RECIPE = config.read(train.TrainConfig, [str(ROOT / "config/shakespeare_char_cpu.py")])
+QUICK_START = str(ROOT / "config/shakespeare_char_cpu.py")
+RECIPE, _ = read_options(train.TrainConfig, [QUICK_START])
 
 
 @contextmanager
@@ -30,6 +34,12 @@ def noise(vocab_size: int = 65, n_tokens: int = 20_000) -> Iterator[Path]:
         yield Path(parent) / "noise"
 
 
-def make_run(folder: Path, **options) -> train.Run:
-    cfg = train.choose_machine(train.TrainConfig(**options), None)
-    return train.make_run(cfg, bins.load(folder), {}, {}, None)
+def make_run(folder: Path, **options) -> Run:
+    """A run with these options, ready for update()."""
+    cfg = train.TrainConfig(**options)
+    device, dtype, compile = machine.resolve_machine(cfg.device, cfg.dtype, cfg.compile)
+    machine.setup_torch(device, dtype, cfg.deterministic)
+    size = cfg.micro_batch_size
+    size = size or machine.auto_micro_batch_size(cfg.batch_size, cfg, device, dtype)
+    cfg = replace(cfg, device=device, dtype=dtype, compile=compile, micro_batch_size=size)
+    return build_run(cfg, bins.load(folder), None)

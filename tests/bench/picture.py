@@ -43,7 +43,7 @@ def folio_curve(text: Path, updates: int) -> list[tuple[float, float]]:
         recipe = str(ROOT / "config/shakespeare_char_cpu.py")
         words = [f"--max_iters={updates}", f"--eval_interval={updates // 10}", "--num_samples=0"]
         train(Path(folder), recipe, *words)
-        rows = metrics.read(Path(folder) / "out/bench/metrics.csv")
+        rows = metrics.read_metrics(Path(folder) / "out/bench/metrics.csv")
     return [(float(r["train_seconds"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
 
 

@@ -1,26 +1,23 @@
-"""Tokens a second that generate() makes: from its cache, and by the plain path.
+"""Tokens a second of generate(), from its cache, and of the plain model.generate().
 
     python tests/bench/sampling.py [SHAPE ...]
 
-For shapes with random weights, which speak no faster or slower than trained ones:
+For shapes with random weights, which are as fast as trained ones:
 
-- ten samples of 500 tokens together, and by the plain path, which computes the whole context anew
-  for every token, one sample after another (of which one is timed);
-- 1, 10 and 100 samples together, and what part of the bandwidth of memory one uses: the bytes of
-  the weights that a token multiplies, over the bytes that a copy reads and writes in a second;
-- the time of a token just before the window is full, over that of the 10th to 20th.
+- ten samples of 500 tokens together, and the plain way, which computes the whole context anew for
+  every token, one sample after another (one is timed);
+- 1, 10 and 100 samples together, and how much of the memory's bandwidth one uses: the bytes of the
+  weights that a token multiplies, over the bytes that a copy reads and writes in a second;
+- the time of a token just before the block is full, over that of the 10th to 20th.
 
-The plain path computes in float32; the cache in float32 too, and in what sample.py takes for the
-shape where that is another dtype; on CUDA that once more with --cuda_graphs, where every text has a
-capture of its own.
+The plain way computes in float32; the cache in float32 too, and in the dtype that sample.py uses
+for the shape if that is another.
 """
 
 import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,9 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from graphs import Captured  # noqa: E402
+from folio.generation import generate, prepare_for_sampling  # noqa: E402
+from folio.machine import find_device  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from sample import SampleConfig, find_device, make_fast  # noqa: E402
 
 MODERN = {"rotary": True, "qk_norm": True, "conv": 3, "activation": "gelu", "bias": False}
 SHAPES = {
@@ -43,15 +40,13 @@ SHAPES = {
 N, BATCHES = 500, (1, 10, 100)
 
 
-def seconds(
-    model: GPT, B: int, n: int, plain: bool = False, capture: Callable | None = None
-) -> list[float]:
+def seconds(model: GPT, B: int, n: int, plain: bool = False) -> list[float]:
     """Seconds of each of n tokens of B samples."""
     device = next(model.parameters()).device
     idx, uniforms = torch.zeros(1, 1, dtype=torch.long, device=device), torch.rand(B, n)
-    options = {"temperature": 0.8, "top_k": 200, "plain": plain, "capture": capture}
+    how = (idx, uniforms.to(device), 0.8, 200)  # temperature, top_k
     marks = [time.perf_counter()]
-    for _ in model.generate(idx, uniforms, **options):
+    for _ in model.generate(*how) if plain else generate(model, *how):
         if device.type != "cpu":
             torch.accelerator.synchronize()
         marks.append(time.perf_counter())
@@ -83,28 +78,24 @@ def main() -> None:
         made = GPT(SHAPES[name]).to(device).eval()
         n_weights = sum(p.numel() for p in made.h.parameters()) + made.lm_head.weight.numel()
         plain = N / sum(seconds(made, 1, N, plain=True))
-        ways = [("float32", None), ("auto", None)]
-        if device.type == "cuda":
-            ways.append(("auto", partial(Captured, device=device)))
-        for asked, capture in ways:
+        for asked in ("float32", "auto"):
             model = copy.deepcopy(made)
-            make_fast(model, SampleConfig(dtype=asked))
+            prepare_for_sampling(model, asked)
             dtype = model.wte.weight.dtype
-            if asked == "auto" and dtype == torch.float32 and not capture:
+            if asked == "auto" and dtype == torch.float32:
                 continue
-            seconds(model, 10, 20, capture=capture)
+            seconds(model, 10, 20)
             rates, grows = {}, {}
             for B in BATCHES:
                 repeats = 3 if B < 100 else 1
-                trials = [seconds(model, B, N, capture=capture) for _ in range(repeats)]
+                trials = [seconds(model, B, N) for _ in range(repeats)]
                 rates[B] = B * N / statistics.median(sum(trial) for trial in trials)
                 each = [statistics.median(parts) for parts in zip(*trials, strict=True)]
                 full = min(N, model.config.block_size)
                 grows[B] = statistics.median(each[full - 10 : full]) / statistics.median(each[9:19])
             share = rates[1] * n_weights * dtype.itemsize / bandwidth
-            way = f"{name}, {str(dtype)[6:]}" + (", graph" if capture else "")
             print(
-                f"{way:24}{plain:7,.0f}"
+                f"{f'{name}, {str(dtype)[6:]}':24}{plain:7,.0f}"
                 f"{rates[10]:11,.0f}{rates[10] / plain:7.1f}"
                 + "".join(f"{rates[B]:9,.0f}" for B in BATCHES)
                 + f"{share:12.0%}{grows[1]:17.2f}{grows[10]:6.2f}",

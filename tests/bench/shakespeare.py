@@ -15,9 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import metrics  # noqa: E402
 from data import bins  # noqa: E402
-from sample import load_model  # noqa: E402
+from folio import checkpoint, metrics  # noqa: E402
+from folio.batch import autocast  # noqa: E402
 
 
 @dataclass
@@ -50,7 +50,7 @@ def train(folder: Path, *words: str) -> Result:
     """Call train.py in `folder`; the run is in out/bench there."""
     output, wall = run(folder, str(ROOT / "train.py"), *words, "--out_dir=out/bench")
     loss, training = re.findall(r"val loss ([\d.]+).*; ([\d.]+) s training", output)[-1]
-    rows = metrics.read(folder / "out/bench/metrics.csv")
+    rows = metrics.read_metrics(folder / "out/bench/metrics.csv")
     speeds = [float(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]]
     options = json.loads((folder / "out/bench/run.json").read_text("utf-8"))["options"]
     speed = statistics.median(speeds)
@@ -60,8 +60,8 @@ def train(folder: Path, *words: str) -> Result:
 @torch.inference_mode()
 def halves(folder: Path) -> list[float]:
     """The last state's loss on either half of the validation text, in windows as train.py's."""
-    model, meta = load_model(str(folder / "out/bench/ckpt.safetensors"), torch.device("cpu"), "")
-    dtype = getattr(torch, meta["run_config"]["dtype"])
+    ckpt = checkpoint.load(folder / "out/bench/ckpt.safetensors")
+    model, dtype = checkpoint.build_model(ckpt), ckpt.meta["run_config"]["dtype"]
     split = bins.load(folder / "data/shakespeare_char").val
     block_size = model.config.block_size
     starts = bins.eval_windows(len(split.tokens), block_size, len(split.tokens))
@@ -70,7 +70,7 @@ def halves(folder: Path) -> list[float]:
         total = count = 0
         for batch in np.array_split(half, max(1, len(half) * block_size // 8192)):
             idx, targets = map(torch.from_numpy, split.batch(batch, block_size))
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with autocast("cpu", dtype):
                 _, loss = model(idx, targets)
             tokens = int((targets != bins.IGNORED).sum())
             total, count = total + loss.item() * tokens, count + tokens

@@ -18,9 +18,10 @@ import time
 
 import numpy as np
 import torch
-from noise import RECIPE, make_run, noise, train
+from noise import RECIPE, make_run, noise
 
 from data import bins
+from folio.batch import autocast, get_batch
 
 SHAPES = [  # what, n_layer, n_head, n_embd, block_size, batch_size
     ("quick", 4, 2, 128, 256, 16),
@@ -45,25 +46,25 @@ def one(shape: list, rounds: int) -> dict:
         for i in range(rounds + 2):
             spent = dict.fromkeys(PARTS, 0.0)
             for n in np.split(np.arange(cfg.batch_size), cfg.batch_size // cfg.micro_batch_size):
-                marks = [now(cfg)]
+                marks = [now(cfg.device)]
                 n += i * cfg.batch_size
                 starts = bins.window(cfg.seed, n, len(split.tokens), cfg.block_size)
-                idx, targets = train.get_batch(run, split, starts)
-                marks.append(now(cfg))
-                with train.autocast(run):
+                idx, targets = get_batch(split, starts, cfg.block_size, cfg.device)
+                marks.append(now(cfg.device))
+                with autocast(cfg.device, cfg.dtype):
                     _, loss = run.model(idx, targets)
-                marks.append(now(cfg))
+                marks.append(now(cfg.device))
                 loss.backward()
-                marks.append(now(cfg))
+                marks.append(now(cfg.device))
                 for part, begin, end in zip(PARTS, marks, marks[1:], strict=False):
                     spent[part] += end - begin
-            marks = [now(cfg)]
+            marks = [now(cfg.device)]
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), math.inf)
-            marks.append(now(cfg))
+            marks.append(now(cfg.device))
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            spent["norm"], spent["optimizer"] = marks[1] - marks[0], now(cfg) - marks[1]
+            spent["norm"], spent["optimizer"] = marks[1] - marks[0], now(cfg.device) - marks[1]
             if i >= 2:
                 for part in PARTS:
                     seconds[part].append(spent[part])
@@ -79,8 +80,8 @@ def one(shape: list, rounds: int) -> dict:
     }
 
 
-def now(cfg: train.TrainConfig) -> float:
-    if cfg.device != "cpu":
+def now(device: str) -> float:
+    if device != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
