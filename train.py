@@ -17,7 +17,6 @@ not finite, 1 a failure of the machine. To read how a GPT is trained, start at u
 """
 
 import math
-import re
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,7 +31,6 @@ from data import bins
 from data.errors import UserError
 from folio import machine, metrics, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
-from folio.generation import Sampling, batches, encode_prompt, generate_texts, unescape
 from folio.optim import get_lr
 from folio.options import build_options, read_options
 from folio.process import Stopped, script
@@ -195,7 +193,7 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
 # ---- the loop -----------------------------------------------------------------------------------
 
 
-def train(run: Run, log: metrics.Log) -> str:
+def training_loop(run: Run, log: metrics.Log) -> str:
     """Update until something ends the run, and return what did. Stopped after a signal."""
     cfg, progress, clock = run.cfg, run.progress, run.clock
     if progress.eval_iter != progress.iter_num and run.is_due(cfg.eval_interval):
@@ -217,13 +215,13 @@ def train(run: Run, log: metrics.Log) -> str:
             elif snapshots:
                 run.save()
             if samples:
-                log_samples(run, log)
+                log.add_samples(progress.iter_num, run.generate_samples())
             clock.start()
     clock.stop()
     if progress.eval_iter != progress.iter_num:
         evaluate_and_save(run, log)
     if not run.is_due(cfg.sample_interval):
-        log_samples(run, log)
+        log.add_samples(progress.iter_num, run.generate_samples())
     return reason
 
 
@@ -285,22 +283,6 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
     log.show_status(progress.iter_num, text if mfu is None else f"{text}, {mfu:.1%} MFU")
 
 
-def log_samples(run: Run, log: metrics.Log) -> None:
-    """Log num_samples texts that the model generates."""
-    cfg = run.cfg
-    sampling = Sampling(max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
-    prompt = unescape(cfg.sample_prompt)
-    ids = encode_prompt(run.tok, prompt, cfg.seed)
-    run.model.eval()
-    torch.use_deterministic_algorithms(False)  # CUDA's cumsum is not; samples change no weight
-    for samples in batches(run.model, len(ids), cfg.num_samples, cfg.sample_tokens):
-        texts = generate_texts(run.model, run.tok, ids, sampling, samples, run.stop.check)
-        for text in texts:
-            log.add_sample(run.progress.iter_num, prompt + text.take())
-    torch.use_deterministic_algorithms(cfg.deterministic)
-    run.model.train()
-
-
 # ---- from options to a run ----------------------------------------------------------------------
 
 
@@ -331,9 +313,7 @@ def start(given: dict, quick_start: bool = False) -> int:
     elif ckpt:
         given = startup.finetuned_options(given, ckpt)
     cfg = build_options(TrainConfig, given)
-    for package in ("tensorboard", "wandb"):
-        if getattr(cfg, package):
-            metrics.require_package(package)
+    metrics.check_boards(asdict(cfg))
     device, dtype, compile = machine.resolve_machine(cfg.device, cfg.dtype, cfg.compile)
     threads = ckpt.meta["threads"] if resuming else None
     machine.setup_torch(device, dtype, cfg.deterministic, threads)
@@ -370,17 +350,14 @@ def launch(run: Run, resumed_from: Path | None) -> int:
     cfg, out_dir = run.cfg, Path(run.cfg.out_dir)
     if not resumed_from:
         run_folder.check_new_folder(out_dir)
-    n_snapshots = cfg.max_iters // cfg.snapshot_interval if cfg.snapshot_interval else 0
-    n_snapshots = min(n_snapshots, cfg.keep_snapshots or n_snapshots)
-    run_folder.check_disk(out_dir, run.model.n_params(), n_snapshots, bool(resumed_from))
     if cfg.compile:
         run.model.compile()
     with run.stop:
         try:
             plan(run)
+            run.check_disk()
             if run.stop.caught:
-                print(f"stopped: {run.stop.caught.name} before the first update; nothing to save")
-                return 128 + run.stop.caught
+                return report_stop(run)
             if resumed_from:
                 run.continue_folder(resumed_from)
                 return run_to_end(run)
@@ -430,7 +407,7 @@ def run_to_end(run: Run) -> int:
     try:
         with metrics.Log(out_dir, *position, cfg.max_iters, boards) as log:
             try:
-                reason = train(run, log)
+                reason = training_loop(run, log)
             except Stopped:
                 if progress.iter_num > first_iter:
                     run.save()
@@ -448,20 +425,23 @@ def run_to_end(run: Run) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 3
     if run.stop.caught:
-        print(f"stopped: {run.stop.caught.name} after {progress.iter_num:,} updates; saved")
-        print(f"go on:   python train.py --init_from=resume --out_dir={out_dir}")
-        return 128 + run.stop.caught
+        return report_stop(run)
     print(f"done:    {reason} after {progress.iter_num:,} updates")
     print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
     where = "" if out_dir.parent == Path("out") else f"--checkpoint {out_dir} "
-    print(f'next:    python sample.py {where}--prompt "{first_word(run)}"')
+    print(f'next:    python sample.py {where}--prompt "{run.first_word()}"')
     return 0
 
 
-def first_word(run: Run) -> str:
-    """A prompt to try: the first whole word of the validation text."""
-    text = run.tok.decode(run.dataset.val.tokens[:500].tolist())
-    return next(iter(re.findall(r"(?<=\W)\w{2,20}", text)), "")
+def report_stop(run: Run) -> int:
+    """Print after which update a signal ended the run; return the exit code."""
+    name, iter_num = run.stop.caught.name, run.progress.iter_num
+    if iter_num:
+        print(f"stopped: {name} after {iter_num:,} updates; saved")
+        print(f"go on:   python train.py --init_from=resume --out_dir={run.cfg.out_dir}")
+    else:
+        print(f"stopped: {name} before the first update; nothing to save")
+    return 128 + run.stop.caught
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -119,11 +119,12 @@ class Log:
         for board in self._boards:
             board.write(measured)
 
-    def add_sample(self, iter_num: int, text: str) -> None:
-        """Print a generated text, and pass it to the boards."""
-        print_line(f"--- sample at iteration {iter_num:,}\n{text}")
-        for board in self._boards:
-            board.add_sample(iter_num, text)
+    def add_samples(self, iter_num: int, texts: Iterable[str]) -> None:
+        """Print generated texts, and pass them to the boards."""
+        for text in texts:
+            print_line(f"--- sample at iteration {iter_num:,}\n{text}")
+            for board in self._boards:
+                board.add_sample(iter_num, text)
 
     def show_status(self, iter_num: int, text: str) -> None:
         """Show where the run is: in the progress bar, or on a line if there is none."""
@@ -222,10 +223,11 @@ def open_boards(
     return boards
 
 
-def require_package(package: str) -> None:
+def check_boards(options: dict) -> None:
     """UserError if a board's package is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"--{package} needs the package {package}: pip install {package}")
+    for package in ("tensorboard", "wandb"):
+        if options[package] and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{package} needs the package {package}: pip install {package}")
 
 
 # ---- reading and drawing ------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The state of a training run: built from options and a checkpoint, evaluated, saved, restored."""
 
 import math
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -17,7 +18,7 @@ from data.tokenizer import Tokenizer
 from folio import checkpoint, machine, run_folder
 from folio.batch import split_loss
 from folio.checkpoint import Checkpoint
-from folio.generation import encode_prompt, unescape
+from folio.generation import Sampling, batches, encode_prompt, generate_texts, unescape
 from folio.metrics import Clock
 from folio.optim import DivergenceWatch, make_optimizers
 from folio.options import build_options
@@ -104,6 +105,20 @@ class Run:
         bits = val.bits_per_byte(progress.val_loss)
         return text if bits is None else f"{text} ({bits:.3f} bits per byte)"
 
+    def generate_samples(self) -> Iterator[str]:
+        """num_samples texts by the model as it is now."""
+        cfg, model = self.cfg, self.model
+        sampling = Sampling(max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
+        prompt = unescape(cfg.sample_prompt)
+        ids = encode_prompt(self.tok, prompt, cfg.seed)
+        model.eval()
+        torch.use_deterministic_algorithms(False)  # CUDA's cumsum is not; samples change no weight
+        for samples in batches(model, len(ids), cfg.num_samples, cfg.sample_tokens):
+            for text in generate_texts(model, self.tok, ids, sampling, samples, self.stop.check):
+                yield prompt + text.take()
+        torch.use_deterministic_algorithms(cfg.deterministic)
+        model.train()
+
     def check_finite(self, problem: str = "") -> None:
         """Raise Diverged if an update was not finite, or for a `problem` that was found since."""
         diverged, iter_num, loss, norm, lr = self.watch.first()
@@ -156,6 +171,20 @@ class Run:
         }
         names = {"best": progress.is_best, "snapshot": self.is_due(cfg.snapshot_interval)}
         run_folder.save_run(Path(cfg.out_dir), tensors, meta, **names, keep=cfg.keep_snapshots)
+
+    def check_disk(self) -> None:
+        """UserError if the run's checkpoints clearly do not fit on the disk."""
+        cfg, n_snapshots = self.cfg, 0
+        if cfg.snapshot_interval:
+            n_snapshots = cfg.max_iters // cfg.snapshot_interval
+            n_snapshots = min(n_snapshots, cfg.keep_snapshots or n_snapshots)
+        resuming = cfg.init_from == "resume"
+        run_folder.check_disk(Path(cfg.out_dir), self.model.n_params(), n_snapshots, resuming)
+
+    def first_word(self) -> str:
+        """A prompt to try: the first whole word of the validation text."""
+        text = self.tok.decode(self.dataset.val.tokens[:500].tolist())
+        return next(iter(re.findall(r"(?<=\W)\w{2,20}", text)), "")
 
     def continue_folder(self, path: Path) -> None:
         """Bring the run's folder to the state `path`, from which it was resumed."""

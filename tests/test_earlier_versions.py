@@ -1,7 +1,7 @@
 """Promise: what an earlier version of Folio saved still loads, samples and resumes.
 
-tests/earlier_version/ is a run of 40 updates with every newer part and Muon, saved by the version of
-2026-11-22, whose options included `cuda_graphs`. That version itself then trained on to 60 updates.
+tests/earlier_version/ is a run of 40 updates with every newer part and Muon. The version of
+2026-11-22 saved it, whose options included `cuda_graphs`, and then trained on to 60 updates itself.
 """
 
 import csv

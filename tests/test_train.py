@@ -23,6 +23,7 @@ from folio.checkpoint import Checkpoint
 from folio.metrics import COLUMNS
 from folio.optim import get_lr
 from folio.options import build_options
+from folio.run import Run
 from folio.startup import resumed_options
 from model import GPTConfig
 from train import TrainConfig
@@ -209,6 +210,45 @@ def test_max_iters_0_runs_until_a_condition_is_met(train_small, capsys, argv, wh
     assert last["val_loss"], "a run ends with an evaluation"
     if "target" in why:
         assert float(last[why.split("=")[0].removeprefix("target_")]) <= 3.5
+
+
+@pytest.fixture
+def slow_updates(monkeypatch):
+    """As if every update took 50 ms."""
+    monkeypatch.setattr(Run, "time_update", lambda *_: 0.05)
+
+
+def test_minutes_fix_the_number_of_updates(train_small, resume_run, slow_updates, capsys):
+    """The schedule, the intervals and a resume follow that number."""
+    budget = ("--minutes=0.1", "--eval_interval=0", "--log_interval=0", "--schedule=linear")
+    assert train_small(*budget, "--min_lr=0", "--snapshot_interval=50") == 0
+    assert "plan:    120 updates" in capsys.readouterr().out
+    table = rows()
+    assert [int(r["iter_num"]) for r in table if r["val_loss"]] == [24, 48, 72, 96, 120]
+    assert [int(r["iter_num"]) for r in table if r["loss"]] == list(range(2, 121, 2))
+    assert float(table[-2]["lr"]) == pytest.approx(1e-3 / 115, rel=1e-3)
+    assert json.loads(Path("run/run.json").read_text())["options"]["max_iters"] == 120
+    whole, _ = load("run/ckpt.safetensors")
+    assert resume_run("--checkpoint=run/snapshots/iter_000050.safetensors") == 0
+    again, meta = load("run/ckpt.safetensors")
+    assert meta["progress"]["iter_num"] == 120 and same(whole, again)
+    fixed = ("--max_iters=120", "--out_dir=fixed", *budget[1:], "--min_lr=0")
+    assert train_small(*fixed) == 0
+    assert same(weights("run/ckpt.safetensors"), weights("fixed/ckpt.safetensors"))
+
+
+def test_however_short_the_minutes_there_are_100_updates(train_small, slow_updates):
+    assert train_small("--minutes=0.001", "--eval_interval=50") == 0
+    assert int(rows()[-1]["iter_num"]) == 100
+
+
+def test_of_minutes_and_max_iters_the_last_counts(train_small, resume_run, slow_updates):
+    assert train_small("--minutes=0.1", "--max_iters=3") == 0
+    assert int(rows()[-1]["iter_num"]) == 3
+    assert train_small("--max_iters=3", "--minutes=0.1") == 0
+    assert int(rows()[-1]["iter_num"]) == 120
+    assert resume_run("--max_iters=125") == 0
+    assert int(rows()[-1]["iter_num"]) == 125
 
 
 def test_max_seconds_counts_over_all_resumes(train_small, resume_run, capsys):
@@ -444,7 +484,7 @@ def test_the_word_to_try_is_a_whole_one():
     tok = tokenizer.load({"kind": "byte"})
     val = SimpleNamespace(tokens=np.frombuffer(b"RTENSIO: a good morrow", np.uint8))
     run = SimpleNamespace(tok=tok, dataset=SimpleNamespace(val=val))
-    assert script.first_word(run) == "good"
+    assert Run.first_word(run) == "good"
 
 
 def test_evaluation_only(train_small, capsys):
