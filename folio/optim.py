@@ -51,15 +51,15 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Fused AdamW for all parameters, or for all but the blocks' matrices, which Muon takes.
 
-    Vectors, that is biases and the weights of LayerNorms, do not decay.
+    Matrices and embeddings decay; biases and the weights of LayerNorms and convolutions do not.
     """
     params, matrices = dict(model.named_parameters()), {}
     if use_muon:
         names = [n for n, p in params.items() if n.startswith("h.") and p.dim() == 2]
         matrices = {name: params.pop(name) for name in names}
     groups = [
-        {"params": [p for p in params.values() if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params.values() if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in params.values() if p.dim() != 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -21,11 +21,11 @@ from data import tokenizer
 from folio import checkpoint, machine
 from folio.checkpoint import Checkpoint
 from folio.metrics import COLUMNS
-from folio.optim import get_lr
+from folio.optim import get_lr, make_optimizers
 from folio.options import build_options
 from folio.run import Run
 from folio.startup import resumed_options
-from model import GPTConfig
+from model import GPT, GPTConfig
 from train import TrainConfig
 
 
@@ -332,6 +332,25 @@ def test_only_matrices_and_embeddings_decay(train_small):
         elif tensor.dim() == 2:
             std = 0.02 / 2 if "c_proj" in name else 0.02
             assert tensor.std().item() == pytest.approx(std * (1 - 1e-3 * 100), rel=0.05), name
+
+
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_convolutions_do_not_decay(use_muon):
+    model = GPT(GPTConfig(2, 2, 32, 16, 65, conv=3))
+    rates = {"learning_rate": 1e-3, "muon_lr": 0.02, "beta1": 0.9, "beta2": 0.95}
+    optimizers = make_optimizers(
+        model, use_muon, **rates, weight_decay=0.1, muon_dtype=torch.float32
+    )
+    names = {p: name for name, p in model.named_parameters()}
+    decaying = {
+        names[p]
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if group["weight_decay"]
+        for p in group["params"]
+    }
+    assert decaying == {name for p, name in names.items() if p.dim() == 2}
+    assert "h.0.conv.weight" in set(names.values()) - decaying
 
 
 def test_the_same_seed_gives_the_same_bits(train_small):
