@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 MATMUL_ATTENTION_BLOCK = 512  # longest context for which attention runs as two matrix products
 CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**28}  # logits held in float32 at a time: enough to be busy
+GRAD_SCALE = 2**10  # of a mean over tokens in float16: far from its largest and smallest numbers
 
 
 class Dropout(nn.Module):
@@ -86,7 +87,8 @@ class TokenLoss(torch.autograd.Function):
 
     The logits (N, V) are by far the largest tensor of a small model. They are stored once, in the
     dtype of the product, and overwritten by their own gradient, softmax(logits) minus 1 at the
-    target, a few rows at a time. Only those rows ever exist in float32.
+    target, a few rows at a time. Only those rows ever exist in float32. The gradient is divided by
+    N before it is summed over tokens, since the sum alone could overflow float16.
     """
 
     @staticmethod
@@ -101,18 +103,20 @@ class TokenLoss(torch.autograd.Function):
             if needs_grad:
                 grad = log_probs.exp_()
                 grad[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
-                chunk.copy_(grad.masked_fill_(t[:, None] < 0, 0))
+                grad.masked_fill_(t[:, None] < 0, 0)
+                chunk.copy_(grad.mul_(GRAD_SCALE / len(x)))
         n_targets = (targets >= 0).sum()
         if needs_grad:
             dx = logits @ weight.to(logits.dtype)
             dweight = logits.t() @ x.to(logits.dtype)
-            ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype), n_targets)
+            unscale = len(x) / GRAD_SCALE / n_targets.to(exact)
+            ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype), unscale)
         return loss_sum / n_targets
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dx, dweight, n_targets = ctx.saved_tensors
-        return dx * (grad / n_targets), dweight * (grad / n_targets), None, None
+        dx, dweight, unscale = ctx.saved_tensors
+        return dx * (grad * unscale), dweight * (grad * unscale), None, None
 
 
 def pack(model: nn.Module) -> None:

@@ -254,6 +254,15 @@ def test_the_loss_is_cross_entropy_whatever_is_held_at_a_time(
         assert (ours - exact).norm() <= within * exact.norm()
 
 
+def test_in_float16_a_large_batch_does_not_overflow_the_gradient():
+    """100,000 tokens with one target sum to more than its largest number, 65,504."""
+    x, weight = torch.ones(1, 100_000, 4).half(), torch.zeros(3, 4).half().requires_grad_()
+    loss = token_loss(x, weight, torch.zeros(1, 100_000, dtype=torch.long))
+    (grad,) = torch.autograd.grad(loss, weight)
+    expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3])[:, None].expand(3, 4)
+    assert torch.allclose(grad.float(), expected, atol=1e-3)
+
+
 def test_compiled_the_loss_is_the_plain_one(monkeypatch):
     """Unrolled, the rows of TokenLoss would take a minute to compile."""
     x, weight = torch.randn(2, 7, 16), torch.randn(30, 16)
