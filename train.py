@@ -376,7 +376,9 @@ def plan(run: Run) -> None:
     seconds = run.time_update(update)
     if cfg.minutes:
         n_fit = int((60 * cfg.minutes - progress.train_seconds) / seconds)
-        cfg = replace(cfg, minutes=0.0, max_iters=progress.iter_num + max(MIN_ITERS, n_fit))
+        max_iters = progress.iter_num + max(MIN_ITERS, n_fit)
+        print(f"budget:  minutes={cfg.minutes:g} is max_iters={max_iters}, which gives the same run")
+        cfg = replace(cfg, minutes=0.0, max_iters=max_iters)
     run.cfg = cfg = replace(
         cfg,
         eval_interval=cfg.eval_interval or math.ceil(cfg.max_iters / 5) or 250,

@@ -1,8 +1,9 @@
-"""A small GPT on the characters of tiny Shakespeare; `python train.py` alone takes it too.
+"""A small GPT on the characters of tiny Shakespeare, trained for one minute: the quick start.
 
-python train.py config/shakespeare_char_cpu.py
+python train.py
+python train.py config/shakespeare_char_cpu.py --minutes=5
 
-Hardware: any CPU. On 2 cores about a minute, to a validation loss of 1.48.
+Hardware: any. On 2 CPU cores with bfloat16 instructions the loss comes to 1.45.
 """
 
 dataset = "shakespeare_char"
@@ -13,9 +14,9 @@ activation, bias = "gelu", False
 rotary, qk_norm, conv = True, True, 3
 
 batch_size = 16
-max_iters = 500
+minutes = 1
 optimizer, muon_lr, learning_rate = "muon", 0.03, 12e-3  # adamw alone wants 4e-3
 schedule, warmup_iters = "linear", 0
 
-eval_interval = 250
-log_interval = 50
+eval_interval = 0  # five times in the run
+log_interval = 0  # a hundred times

@@ -222,7 +222,8 @@ def test_minutes_fix_the_number_of_updates(train_small, resume_run, slow_updates
     """The schedule, the intervals and a resume follow that number."""
     budget = ("--minutes=0.1", "--eval_interval=0", "--log_interval=0", "--schedule=linear")
     assert train_small(*budget, "--min_lr=0", "--snapshot_interval=50") == 0
-    assert "plan:    120 updates" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "budget:  minutes=0.1 is max_iters=120" in out and "plan:    120 updates" in out
     table = rows()
     assert [int(r["iter_num"]) for r in table if r["val_loss"]] == [24, 48, 72, 96, 120]
     assert [int(r["iter_num"]) for r in table if r["loss"]] == list(range(2, 121, 2))
