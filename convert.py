@@ -1,12 +1,12 @@
-"""Models in from nanoGPT, and out to transformers.
+"""Import nanoGPT's checkpoints, and export models to transformers.
 
     python convert.py out/mine hf/mine              for transformers' from_pretrained("hf/mine")
     python convert.py ckpt.pt out/imported          a nanoGPT checkpoint with GPT-2's tokenizer
     python convert.py ckpt.pt out/imported --dataset=shakespeare_char       or a data set's
 
-A source that ends in .pt is nanoGPT's and becomes a run's folder, to sample from or to finetune.
-Anything else that sample.py takes becomes a folder that transformers loads, if the model has no
-parts but GPT-2's. Its tokenizer goes along if transformers has that kind (gpt2, bpe).
+A source that ends in .pt is nanoGPT's, and becomes a run's folder to sample from or to finetune.
+Any other source that sample.py accepts becomes a folder for transformers, if the model has only
+GPT-2's parts. The tokenizer is exported if transformers supports its kind (gpt2, bpe).
 """
 
 import json
@@ -29,11 +29,11 @@ from model import GPT, GPTConfig
 
 @dataclass
 class ConvertConfig:
-    source: str = ""  # nanoGPT's ckpt.pt, or what sample.py --checkpoint takes
-    target: str = ""  # the folder to make
-    dataset: str = ""  # for nanoGPT's: the data set with its tokenizer; empty: GPT-2's tokenizer
-    data_dir: str = "data"  # the folder of all data sets
-    cache_dir: str = ""  # where gpt2* is downloaded to; empty: Hugging Face's usual cache
+    source: str = ""  # nanoGPT's ckpt.pt, or anything that sample.py --checkpoint accepts
+    target: str = ""  # the folder to create
+    dataset: str = ""  # for ckpt.pt: the data set it was trained on; empty: GPT-2's tokenizer
+    data_dir: str = "data"  # the parent folder of all data sets
+    cache_dir: str = ""  # download folder for gpt2*; empty: Hugging Face's default cache
 
 
 @script
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 
 def export(source: str, target: Path, cache_dir: str) -> None:
-    """Write a model as a folder for transformers, completely or not at all."""
+    """Write a model as a folder for transformers, atomically."""
     ckpt = run_folder.open_checkpoint(source, cache_dir)
     model = checkpoint.build_model(ckpt)
     if not isinstance(model, GPT):
@@ -92,24 +92,23 @@ def export(source: str, target: Path, cache_dir: str) -> None:
 
 
 def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
-    """Make a run's folder of nanoGPT's ckpt.pt."""
+    """Convert nanoGPT's ckpt.pt to a run's folder."""
     saved = load_nanogpt(path)
     try:
         known = {field.name for field in fields(GPTConfig)}
         sizes = {k: v for k, v in saved["model_args"].items() if k in known}
         config = build_options(GPTConfig, {**sizes, "activation": "gelu"}, str(path))
-        state = {k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()}  # compiled
+        # torch.compile adds a prefix
+        state = {k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()}
         tensors = {
             "model." + name.removeprefix("transformer."): tensor.float()
             for name, tensor in state.items()
             if name != "lm_head.weight" and not name.endswith((".attn.bias", ".attn.masked_bias"))
         }
         progress = {"iter_num": int(saved["iter_num"]), "val_loss": float(saved["best_val_loss"])}
-    except UserError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is not a checkpoint of nanoGPT's ({reason})") from None
+        raise UserError(f"{path} is not a nanoGPT checkpoint ({reason})") from None
     tok_meta = {"kind": "gpt2"}
     if options.dataset:
         tok_meta = tokenizer.stored_in(Path(options.data_dir) / options.dataset)
@@ -129,31 +128,31 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
     if tok.vocab_size > config.vocab_size:
         raise UserError(
             f"{path} has {config.vocab_size} ids and the {tok.kind} tokenizer {tok.vocab_size}: "
-            "name the data set that it was trained on, --dataset=NAME"
+            "use --dataset=NAME with the data set that it was trained on"
         )
     target.mkdir(parents=True)
     run_folder.save_run(target, tensors, meta, best=True, snapshot=False, keep=0)
     loss = progress["val_loss"]
     n_params = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{target}: {n_params:,} parameters, validation loss {loss:.4f} by nanoGPT")
+    print(f"{target}: {n_params:,} parameters, validation loss {loss:.4f} according to nanoGPT")
 
 
 def load_nanogpt(path: Path) -> dict:
-    """What torch.save wrote, as plain data and tensors. Anything else is refused, and never run."""
+    """Load a file of torch.save, if it has nothing but tensors and plain values."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot open {path}: {error.strerror}") from None
-    except Exception:  # torch does not say what it raises for a file that is something else
+    except Exception:  # what torch.load raises for other files is not documented
         raise UserError(
-            f"{path} is not a checkpoint of nanoGPT's: it is damaged, or has more in it than "
-            "tensors and plain values"
+            f"{path} is not a nanoGPT checkpoint: it is damaged, or contains more than tensors "
+            "and plain values"
         ) from None
     if type(saved) is not dict:
         kind = type(saved).__name__
-        raise UserError(f"{path} is not a checkpoint of nanoGPT's: it has a {kind}")
+        raise UserError(f"{path} is not a nanoGPT checkpoint: it contains a {kind}")
     return saved
 
 

@@ -1,15 +1,15 @@
-"""The GPT, whole: token ids in, logits or loss out; and the bigram model, which it should beat.
+"""The complete GPT, from token ids to logits and loss, and a bigram model as a baseline.
 
     idx (B, T) -> wte + wpe -> x (B, T, C) -> n_layer times: x + attn(ln_1(x)), x + mlp(ln_2(x))
         -> ln_f -> lm_head -> logits (B, T, V) -> loss
 
 The defaults are GPT-2 (Radford et al. 2019): LayerNorm before each sublayer, learned positions,
-tanh-approximated GELU, and an output head that shares the weights of the token embedding. The
-parameters have GPT-2's names. The newer parts are the later fields of GPTConfig;
+tanh-approximated GELU, and an output head that shares the weights of the token embedding.
+Parameters have GPT-2's names. The modern parts are the later fields of GPTConfig;
 docs/measurements.md shows what each of them gains.
 
-What is imported from folio/fast.py computes the same as a plain operation of torch, only faster;
-the top of that file lists them.
+The imports from folio/fast.py are faster equivalents of plain operations of torch, which are listed
+at the top of that file.
 """
 
 import math
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from folio.fast import Dropout, causal_attention, token_loss
 
-Rope = tuple[Tensor, Tensor]  # cos and sin of the rotation angles, each (T, 1, head_dim / 2)
+Rope = tuple[Tensor, Tensor]  # cos and sin of RoPE's angles, each (T, 1, head_dim / 2)
 
 
 @dataclass
@@ -35,17 +35,17 @@ class GPTConfig:
     n_head: Annotated[int, "[1, 1000]"] = 12  # attention heads per block
     n_embd: Annotated[int, "[1, 1e5]"] = 768  # width of the residual stream
     block_size: Annotated[int, "[1, 1e7]"] = 1024  # longest context, in tokens
-    vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # number of token ids; unset: the data set's
-    dropout: Annotated[float, "[0, 1)"] = 0.0  # fraction dropped of embeddings and sublayer outputs
+    vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # train.py uses the data set's unless it is set
+    dropout: Annotated[float, "[0, 1)"] = 0.0  # dropout of the embeddings and sublayer outputs
     bias: bool = True  # biases in linear layers and LayerNorms
 
-    # newer parts; the defaults are GPT-2's
-    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # of the MLP
+    # modern parts; the defaults are GPT-2's
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # MLP activation
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm has no parameters
     rotary: bool = False  # rotary positions (RoPE) instead of learned ones
-    qk_norm: bool = False  # normalize each query and key
-    n_kv_head: Annotated[int, "[0, 1000]"] = 0  # heads of keys and values; 0: n_head
-    conv: Annotated[int, "[1, 100]"] = 1  # tokens that a convolution before each MLP spans; 1: none
+    qk_norm: bool = False  # normalize queries and keys
+    n_kv_head: Annotated[int, "[0, 1000]"] = 0  # key/value heads (GQA); 0: n_head
+    conv: Annotated[int, "[1, 100]"] = 1  # width of a causal convolution before each MLP; 1: none
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -70,7 +70,7 @@ class GPTConfig:
 
 
 class Cache(Protocol):
-    """What generation keeps of the tokens so far: KVCache in folio/generation.py."""
+    """What generation keeps of earlier tokens; see KVCache in folio/generation.py."""
 
     length: int  # tokens so far
 
@@ -79,7 +79,7 @@ class Cache(Protocol):
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token's query attends to the keys of the tokens up to it, and collects their values."""
+    """Causal multi-head self-attention (Vaswani et al. 2017)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -107,11 +107,11 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q (B, n_head, T, D) to k and v (B, n_kv_head, S, D), shaped as q.
+    """Causal attention of q (B, n_head, T, D) to k and v (B, n_kv_head, S, D); returns q's shape.
 
-    Either T is S, or T is 1 and the query is that of the last of the S tokens, which sees all of
-    them. n_head / n_kv_head queries share a key and value (Ainslie et al. 2023, "GQA"). There is
-    no dropout on the attention weights: it would rule out SDPA's fused kernel.
+    Either T == S, or T == 1 and the query is that of the last of the S tokens. n_head / n_kv_head
+    query heads share a key/value head (Ainslie et al. 2023, "GQA"). The weights have no dropout,
+    which SDPA's fused CPU kernel does not support.
     """
     B, n_head, T, D = q.shape
     n_shared = n_head // k.shape[1]
@@ -119,15 +119,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if n_shared > 1:
             k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))
         return causal_attention(q, k, v)
-    if n_shared > 1:  # stacked as if they were queries of several tokens
+    if n_shared > 1:  # stack the query heads that share a key/value head as if they were tokens
         q = q.reshape(B, -1, n_shared, D)
     return F.scaled_dot_product_attention(q, k, v).reshape(B, n_head, 1, D)
 
 
 def rope_cos_sin(positions: Tensor, head_dim: int) -> Rope:
-    """cos and sin (T, 1, head_dim / 2) of the angles by which RoPE rotates the pairs of a head.
+    """cos and sin, each (T, 1, head_dim / 2), of RoPE's angles (Su et al. 2021, "RoFormer").
 
-    Pair j is rotated by position * 10000^(-2j / head_dim) (Su et al. 2021, "RoFormer").
+    The angle of pair j is position * 10000^(-2j / head_dim).
     """
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
     angles = positions[:, None, None] * 10000.0 ** (-pairs / head_dim)
@@ -145,7 +145,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         n_hidden = n_out = 4 * config.n_embd
-        if config.activation == "swiglu":  # three matrices instead of two, with as many weights
+        if config.activation == "swiglu":  # three matrices instead of two, with as many parameters
             n_hidden = 64 * max(1, round(config.n_embd * 8 / 3 / 64))
             n_out = 2 * n_hidden
         self.c_fc = nn.Linear(config.n_embd, n_out, bias=config.bias)
@@ -189,7 +189,7 @@ def make_norm(config: GPTConfig) -> nn.Module:
 class ShortConv(nn.Module):
     """x[t] + w[0] * x[t - 1] + w[1] * x[t - 2] + ..., channel by channel; w starts at zero.
 
-    It shows the MLP the tokens just before, which otherwise takes a layer of attention ("Canon
+    It gives the MLP the tokens just before, which otherwise takes a layer of attention ("Canon
     layers", Allen-Zhu 2025).
     """
 
@@ -226,7 +226,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What the GPT and the bigram model share."""
+    """The base class of GPT and Bigram."""
 
     config: GPTConfig
 
@@ -237,11 +237,11 @@ class LanguageModel(nn.Module):
     def generate(
         self, idx: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int | None = None
     ) -> Iterator[Tensor]:
-        """Continue idx (B, T) by N tokens, yielding the ids (B,) of each position in turn.
+        """Generate N tokens after idx (B, T), yielding the ids (B,) of each position.
 
-        `uniforms` (B, N) in [0, 1) decide the draws. This is the plain way, which computes the
-        whole context anew for each token. folio/generation.py does the same many times faster, and
-        is tested against this.
+        `uniforms` (B, N) in [0, 1) are the random numbers for sampling. The model is to be in
+        evaluation mode. This reference implementation computes the whole context for every token;
+        folio/generation.py gives the same tokens many times faster, and is tested against it.
         """
         for u in uniforms.unbind(1):
             logits, _ = self(idx[:, -self.config.block_size :])
@@ -274,7 +274,7 @@ class GPT(LanguageModel):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all parameters from torch's random state, distributed as in GPT-2.
+        """Initialize all parameters as in GPT-2, using torch's global random state.
 
         | parameter                      | distribution                 |
         |--------------------------------|------------------------------|
@@ -284,8 +284,8 @@ class GPT(LanguageModel):
         | LayerNorm: weight              | 1                            |
         | conv: weight; all biases       | 0                            |
 
-        The two projections of a block write into the residual stream. Their smaller scale keeps
-        its variance from growing with depth.
+        The two projections of a block write to the residual stream. Their smaller scale keeps its
+        variance from growing with depth.
         """
         for name, p in self.named_parameters():
             if name.endswith(("bias", "conv.weight")):
@@ -300,11 +300,11 @@ class GPT(LanguageModel):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return (logits, None), or given targets (None, loss).
+        """Return (logits, None), or (None, loss) if targets are given.
 
-        idx and targets are (B, T), logits (B, T, V), and the loss is the mean cross-entropy in
-        nats per token over the targets that are not -1. With a cache (folio/generation.py) idx
-        continues the tokens in the cache, and only the last token's logits (B, 1, V) are returned.
+        idx and targets are (B, T), logits (B, T, V). The loss is the mean cross-entropy in nats
+        per token over the targets that are not -1. With a cache, idx follows the tokens in it, and
+        only the logits of the last token are returned: (B, 1, V).
         """
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
@@ -330,8 +330,8 @@ class GPT(LanguageModel):
 
         6 for each weight that multiplies a token, plus 12 * n_layer * n_embd * block_size for
         attention, not halved for causality (Chowdhery et al. 2022, "PaLM", appendix B). A
-        multiply-add counts as 2, and backward costs twice as much as forward. Embeddings are looked
-        up, which costs nothing; the output head multiplies.
+        multiply-add counts as 2, and backward costs twice as much as forward. Embedding lookups
+        are free; the output head counts.
         """
         c = self.config
         weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
@@ -339,7 +339,7 @@ class GPT(LanguageModel):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     def activations_per_token(self) -> int:
-        """Elements that forward keeps for backward, roughly: 16 * n_embd per block, and logits."""
+        """Rough number of elements saved for backward: 16 * n_embd per block, and the logits."""
         return 16 * self.config.n_layer * self.config.n_embd + self.config.vocab_size
 
 
@@ -355,14 +355,14 @@ class Bigram(LanguageModel):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """As GPT.forward(); it has nothing to keep in a cache."""
+        """As GPT.forward(), but the cache is ignored, and the logits are those of all tokens."""
         logits = self.wte(idx)  # (B, T, V)
         if targets is None:
             return logits, None
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def flops_per_token(self) -> int:
-        """0: a row is looked up, and its gradient is added."""
+        """0: the model is a table."""
         return 0
 
     def activations_per_token(self) -> int:

@@ -1,20 +1,20 @@
-"""Text in, token bins out.
+"""Turn text into token bins.
 
     python prepare.py                       tiny Shakespeare, characters -> data/shakespeare_char
     python prepare.py shakespeare           tiny Shakespeare, GPT-2's tokens
-    python prepare.py pydocs                the Python language reference: needs no download
+    python prepare.py pydocs                the Python language reference, without a download
     python prepare.py shakespeare_char --input input.txt       the same, from a local file
     python prepare.py --name mine --input book.txt notes/ 'more/**/*.md' --tokenizer bpe
     python prepare.py --name mine --input https://example.org/a.txt docs.jsonl.gz --field body
     python prepare.py --name code --input pystdlib --tokenizer bpe --vocab_size 4096
-    python prepare.py --name new --input new.txt --tokenizer out/mine     as a run has, to finetune
+    python prepare.py --name new --input new.txt --tokenizer out/mine     that of a run, to finetune
 
     text -> documents -> Tokenizer.encode -> data/<name>/{train.bin, val.bin, meta.json}
 
-A plain file is one document, and so is a line of JSON lines. With 100 documents or more, a hash of
-each document's text decides whether it is for validation, so that adding documents moves none from
-one split to the other. With fewer, the last tenth of each is. A failure leaves nothing behind, and
-a data set of the same name is moved aside, not overwritten.
+A plain file is one document, and so is each line of JSON lines. With 100 documents or more, a hash
+of each document's text assigns it to a split, so that adding documents never moves others. With
+fewer, the last tenth of each document is validation text. A failure leaves nothing behind. An older
+data set of the same name is moved aside, not overwritten.
 """
 
 import hashlib
@@ -39,30 +39,30 @@ from data.tokenizer import Tokenizer
 from folio.options import build_options, read_options
 from folio.process import script
 
-MANY_DOCUMENTS = 100  # from here on, whole documents are for validation
+MANY_DOCUMENTS = 100  # from this many on, whole documents are held out
 
 
 @dataclass
 class PrepareConfig:
     dataset: str = ""  # a recipe: shakespeare_char (the default), shakespeare or pydocs
-    name: str = ""  # name of the folder in data_dir; empty: that of the recipe
-    data_dir: str = "data"  # the folder of all data sets
+    name: str = ""  # name of the folder in data_dir; empty: the recipe's
+    data_dir: str = "data"  # the parent folder of all data sets
 
     # the text
     input: tuple[str, ...] = ()  # files, folders, 'globs', URLs, pydocs, pystdlib; also .gz
-    field: str = "text"  # the field of JSON lines (.jsonl) that has the text
-    val_input: tuple[str, ...] = ()  # the same, for validation; input is then for training only
-    val_fraction: Annotated[float, "(0, 1)"] = 0.1  # fraction of the text for validation
+    field: str = "text"  # field of JSON lines (.jsonl) with the text
+    val_input: tuple[str, ...] = ()  # separate validation text; input is then for training only
+    val_fraction: Annotated[float, "(0, 1)"] = 0.1  # fraction of the text that is held out
 
     # its tokens
     tokenizer: str = ""  # char, byte, gpt2, bpe, or that of a data set, run or checkpoint
-    vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # number of ids of a bpe tokenizer
+    vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # vocabulary size of a bpe tokenizer
     normalize: Literal["", "NFC", "NFKC"] = ""  # Unicode normalization of the text
     workers: Annotated[int, "[0, 1024]"] = 0  # encoding threads; 0: one per core
 
 
 class Recipe(NamedTuple):
-    """A data set that is known by name: its tokenizer, unless another is asked for, and text."""
+    """A data set that is known by name: its default tokenizer, and its inputs."""
 
     tokenizer: str
     input: tuple[str, ...]
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     kind = options.tokenizer or recipe.tokenizer
     check_tokenizer(kind, given)
     if options.val_input and "val_fraction" in given:
-        raise UserError("--val_fraction does not go with --val_input, which is all used")
+        raise UserError("--val_fraction cannot be combined with --val_input")
     texts = Texts(options, options.input or recipe.input)
     tok = make_tokenizer(kind, options, texts)
     workers = options.workers or os.cpu_count() or 1
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
 
 
 def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
-    """Return the data set's name and its recipe, which for the user's own text is characters."""
+    """Return the data set's name and its recipe. The user's own text defaults to characters."""
     if options.dataset and options.dataset not in RECIPES:
         raise UserError(
             f"no recipe {options.dataset!r}; known recipes: {', '.join(RECIPES)}; "
@@ -136,9 +136,9 @@ class Texts:
         self.counts: dict[str, dict] = {}
 
     def __iter__(self) -> Iterator[tuple[str, bool, str]]:
-        """Read everything, in the order of the inputs, in pieces: (split, follows, text).
+        """Yield all text in order, as (split, follows, piece), and fill `counts`.
 
-        `follows`: another document of the split ended just before. Fills `counts` on the way.
+        `follows`: the piece starts a document that is not the first of its split.
         """
         self.counts = {split: {"documents": 0, "bytes": 0} for split in bins.SPLITS}
         with tqdm(desc="text", unit="B", unit_scale=True, delay=1, disable=None) as bar:
@@ -175,13 +175,13 @@ class Texts:
         return len(self._corpus.skipped | self._val_corpus.skipped)
 
     def check(self) -> None:
-        """UserError if a split got no text."""
+        """Raise UserError if a split got no text."""
         for split, count in self.counts.items():
             if not count["documents"]:
                 n_bytes = sum(count["bytes"] for count in self.counts.values())
                 raise UserError(
-                    f"{', '.join(self.sources)}: {n_bytes:,} bytes of text are too few, none is "
-                    f"left for {split}"
+                    f"{', '.join(self.sources)}: the text is too short ({n_bytes:,} bytes), "
+                    f"the {split} split is empty"
                 )
 
 
@@ -189,7 +189,7 @@ class Texts:
 
 
 def check_tokenizer(kind: str, given: dict) -> None:
-    """UserError for options that the tokenizer does not take."""
+    """Raise UserError for options that the tokenizer does not support."""
     if "vocab_size" in given and kind != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer=bpe, not for {kind}")
     if given.get("normalize") and kind not in tokenizer.KINDS:
@@ -197,7 +197,7 @@ def check_tokenizer(kind: str, given: dict) -> None:
 
 
 def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer:
-    """The tokenizer asked for; char learns from all of the text, bpe from the training split."""
+    """Build the tokenizer: char from all of the text, bpe from the training split."""
     form = options.normalize
     if kind not in tokenizer.KINDS:
         try:
@@ -237,7 +237,7 @@ def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np
         pending = deque()
         for batch in batches(texts):
             pending.append(pool.submit(encode_batch, batch))
-            if len(pending) > 2 * workers:  # the most that is in memory
+            if len(pending) > 2 * workers:  # bounds the memory
                 yield from pending.popleft().result().items()
         for result in pending:
             yield from result.result().items()

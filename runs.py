@@ -1,10 +1,10 @@
-"""The runs in out/: list, show, verify and plot them.
+"""List, show, verify and plot runs.
 
 python runs.py                                       list the runs in out/
-python runs.py list elsewhere                        or in another folder
-python runs.py show out/mine                         what a run's checkpoints are
-python runs.py verify out/mine other.safetensors     are all bytes right?
-python runs.py plot out/a out/b --output=ab.png      losses of several runs in one picture
+python runs.py list elsewhere                        list those in another folder
+python runs.py show out/mine                         print the contents of checkpoints
+python runs.py verify out/mine other.safetensors     check the digests of checkpoints
+python runs.py plot out/a out/b --output=ab.png      plot the losses of several runs
 """
 
 import sys
@@ -23,8 +23,8 @@ from folio.process import script
 @dataclass
 class RunsConfig:
     action: Literal["list", "show", "verify", "plot"] = "list"  # what to do
-    paths: tuple[str, ...] = ()  # runs' folders or checkpoints; for list the folder of all runs
-    output: str = "runs.png"  # where plot saves its picture
+    paths: tuple[str, ...] = ()  # runs' folders or checkpoints; for list their parent folder
+    output: str = "runs.png"  # the file that plot writes
 
 
 @script
@@ -42,23 +42,27 @@ def main(argv: list[str]) -> int:
 
 
 def list_runs(parents: list[Path]) -> int:
-    """Print a line per run, the latest last, from the unverified headers of their checkpoints."""
+    """Print a line per run, the newest last, from the unverified headers of checkpoints."""
     found = [path for parent in parents for path in parent.glob(f"*/{run_folder.LATEST}")]
     if not found:
         raise UserError(f"no runs in {', '.join(map(str, parents))}")
     print(f"{'run':<30}{'model':>12}{'updates':>10}{'best loss':>11}{'minutes':>9}  saved")
     for path in sorted(found, key=lambda path: path.stat().st_mtime):
-        meta = {"model_config": {}, "progress": {}, **checkpoint.read_header(path)}
-        config, progress = meta["model_config"], meta["progress"]
-        shape = f"{config.get('n_layer')} x {config.get('n_embd')}"
-        shape = meta.get("model", "?") if meta.get("model") != "gpt" else shape
-        loss, minutes = progress.get("best_val_loss"), progress.get("train_seconds", 0.0) / 60
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        print(
-            f"{str(path.parent):<30}{shape:>12}{progress.get('iter_num', 0):>10,}"
-            f"{'-' if loss is None else f'{loss:.4f}':>11}{minutes:>9.1f}  {saved}"
-        )
+        print(f"{str(path.parent):<30}{describe(checkpoint.read_header(path))}  {saved}")
     return 0
+
+
+def describe(meta: dict) -> str:
+    """Columns about a checkpoint: model, updates, best loss, minutes."""
+    try:
+        config, progress = meta["model_config"], meta["progress"]
+        model = f"{config['n_layer']} x {config['n_embd']}" if meta["model"] == "gpt" else "bigram"
+        loss, minutes = progress.get("best_val_loss"), progress.get("train_seconds", 0.0) / 60
+        loss = "-" if loss is None else f"{loss:.4f}"
+        return f"{model:>12}{progress['iter_num']:>10,}{loss:>11}{minutes:>9.1f}"
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return f"{'unreadable':>12}{'':30}"
 
 
 def plot_runs(paths: list[Path], output: Path) -> int:
@@ -71,7 +75,7 @@ def plot_runs(paths: list[Path], output: Path) -> int:
 
 
 def verify(paths: list[Path], show: bool) -> int:
-    """Read every checkpoint completely; return 2 if one is damaged."""
+    """Verify every checkpoint's digest; return 2 if one is damaged."""
     files, n_damaged = [file for path in paths for file in checkpoint_files(path)], 0
     for file in files:
         try:
@@ -80,7 +84,7 @@ def verify(paths: list[Path], show: bool) -> int:
             print(error)
             n_damaged += 1
             continue
-        print(f"{file}: all bytes are right")
+        print(f"{file}: OK")
         if show:
             print_meta(ckpt)
     if n_damaged:

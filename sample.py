@@ -1,4 +1,4 @@
-"""A checkpoint in, text out.
+"""Generate text from a checkpoint.
 
     python sample.py --prompt "ROMEO:"                            from the newest run in out/
     python sample.py --checkpoint out/shakespeare_char --num_samples 3 --temperature 0.8
@@ -6,13 +6,13 @@
     python sample.py --num_samples 1000 --output samples.jsonl
     echo "To be" | python sample.py --prompt -
     python sample.py --checkpoint gpt2-xl --prompt "The answer to life, the universe and everything"
-    python sample.py --interactive                                one prompt per line, until Ctrl-D
+    python sample.py --interactive                                a prompt per line, until Ctrl-D
 
     prompt -> Tokenizer.encode -> ids (T,) -> generate() -> ids (B,) -> TextStream -> text
 
-The text goes to standard output, everything else to standard error. A single sample is printed as
-it is generated. Several are generated together, as many as fit in memory. A sample ends early at
---stop, which is not printed, or at the end-of-text token.
+Text goes to standard output, everything else to standard error. A single sample is printed as it is
+generated. Several are generated in batches that fit in memory. A sample ends early at --stop, which
+is not printed, or at the end-of-text token.
 """
 
 import json
@@ -48,21 +48,21 @@ from model import GPT, LanguageModel
 
 @dataclass
 class SampleConfig(Sampling):
-    num_samples: Annotated[int, "[1, 1e6]"] = 1  # how many, all from the same prompt
-    interactive: bool = False  # read prompts from the terminal, one after another
-    output: str = ""  # a new file: a JSON line per sample (prompt, text, tokens, seed, number)
+    num_samples: Annotated[int, "[1, 1e6]"] = 1  # number of samples from the same prompt
+    output: str = ""  # write them to this new file, as JSON lines (prompt, text, tokens, ...)
 
-    # what they continue: text with \n, \t, \r and \\; FILE:path; - for standard input
+    # the prompt: text with the escapes \n, \t, \r and \\; FILE:path; - for standard input
     prompt: str = ""  # empty: start from end-of-text, a newline, or a random token
+    interactive: bool = False  # read prompts from the terminal instead
 
     # the model
-    checkpoint: str = ""  # a file, a run's or transformers' folder, or gpt2*; empty: newest run
-    cache_dir: str = ""  # where gpt2* is downloaded to; empty: Hugging Face's usual cache
-    device: str = "auto"  # cuda, mps, cpu; auto: the first of them that exists
+    checkpoint: str = ""  # a checkpoint, a run's or transformers' folder, gpt2*; empty: newest run
+    cache_dir: str = ""  # download folder for gpt2*; empty: Hugging Face's default cache
+    device: str = "auto"  # cuda, mps, cpu; auto: the first that exists
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is faster
 
 
-NANOGPT = {"start": "use prompt", "out_dir": "use checkpoint"}  # its names for them
+NANOGPT = {"start": "use prompt", "out_dir": "use checkpoint"}  # its names, with advice
 
 
 @script
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     print(f"{name}: {iteration}{loss}{device}", file=sys.stderr)
     if not options.interactive:
         return print_samples(model, tok, prompt, ids, options)
-    print("type a prompt, then Enter; Ctrl-D ends", file=sys.stderr)
+    print("type a prompt and press Enter; Ctrl-D ends (Windows: Ctrl-Z)", file=sys.stderr)
     while True:
         try:
             prompt = unescape(input("> " if sys.stdin.isatty() else ""))
@@ -101,13 +101,13 @@ def main(argv: list[str]) -> None:
             print_samples(model, tok, prompt, ids, options)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-        except KeyboardInterrupt:  # ends this answer only
+        except KeyboardInterrupt:  # ends this sample only
             print()
-        options.seed += 1  # the same prompt again gets another answer
+        options.seed += 1  # a repeated prompt gets another answer
 
 
 def read_prompt(prompt: str) -> str:
-    """The text that --prompt means."""
+    """Resolve --prompt to text."""
     if prompt != "-" and not prompt.startswith("FILE:"):
         return unescape(prompt)
     path = prompt.removeprefix("FILE:")
@@ -127,7 +127,7 @@ def print_samples(
     """Generate from the prompt's `ids` (T,), to the terminal or to --output."""
     longest = model.config.block_size
     if isinstance(model, GPT) and len(ids) > longest:
-        shortened = f"the prompt has {len(ids)} tokens; the model sees the last {longest}"
+        shortened = f"the prompt has {len(ids)} tokens; only the last {longest} are used"
         print(shortened, file=sys.stderr)
     if options.output:
         write_samples(model, tok, prompt, ids, options)
@@ -164,7 +164,7 @@ def write_samples(
 ) -> None:
     """Write all samples to --output, a new file, as JSON lines.
 
-    Whatever happens, the file has only complete lines; without one it is removed.
+    Even after an error it has complete lines only; without any it is removed.
     """
     try:
         file = open(options.output, "xb")

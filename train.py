@@ -1,4 +1,4 @@
-"""Token bins in, a trained model out.
+"""Train a model on a prepared data set.
 
     python train.py                                   the quick start: one minute of training
     python train.py --dataset=mine                    the same recipe on other data
@@ -12,8 +12,9 @@
         -> out/<run>/{ckpt,best}.safetensors, snapshots/, metrics.csv, loss.png
 
 Ctrl-C saves and ends the run with exit code 130, SIGTERM with 143, a closed terminal with 129;
---init_from=resume continues it. Exit code 2 is a mistake in what was asked for, 3 a loss that is
-not finite, 1 a failure of the machine. To read how a GPT is trained, start at update().
+--init_from=resume continues it. Other exit codes: 1 system error, 2 user error, 3 divergence.
+
+To learn how a GPT is trained, start at update().
 """
 
 import math
@@ -38,69 +39,69 @@ from folio.run import Diverged, Run, build_run
 from model import GPTConfig
 
 QUICK_START = str(Path(__file__).parent / "config" / "shakespeare_char_cpu.py")
-MIN_ITERS = 100  # the fewest updates that --minutes leads to
+MIN_ITERS = 100  # the smallest number of updates that --minutes chooses
 
 
 @dataclass
 class TrainConfig(GPTConfig):
     # which model
-    model: Literal["gpt", "bigram"] = "gpt"  # bigram: the baseline, a table of (V, V) logits
+    model: Literal["gpt", "bigram"] = "gpt"  # bigram: the baseline, a (V, V) table of logits
 
     # data
-    dataset: str = "shakespeare_char"  # a folder in data_dir; built by prepare.py if it knows how
-    data_dir: str = "data"  # the folder of all data sets
+    dataset: str = "shakespeare_char"  # a folder in data_dir; prepare.py's recipes are built
+    data_dir: str = "data"  # the parent folder of all data sets
     batch_size: Annotated[int, "[1, 1e6]"] = 64  # sequences per update, on any machine
-    micro_batch_size: Annotated[int, "[0, 1e6]"] = 0  # sequences at a time; 0: what runs best
+    micro_batch_size: Annotated[int, "[0, 1e6]"] = 0  # sequences per forward pass; 0: automatic
 
     # where it starts and where it saves
-    init_from: str = "scratch"  # scratch, resume, or what to finetune: a checkpoint, gpt2*
-    cache_dir: str = ""  # where gpt2* is downloaded to; empty: Hugging Face's usual cache
-    checkpoint: str = ""  # with resume: from this file instead of the run's latest
+    init_from: str = "scratch"  # scratch, resume, or a model to finetune: a checkpoint, gpt2*
+    cache_dir: str = ""  # download folder for gpt2*; empty: Hugging Face's default cache
+    checkpoint: str = ""  # with resume: the checkpoint to resume from; empty: the latest
     out_dir: str = "out/run"  # the run's folder; an older run there is moved aside
-    seed: Annotated[int, "[0, inf)"] = 1337  # of the weights, the order of the data, and dropout
+    seed: Annotated[int, "[0, inf)"] = 1337  # seed of the weights, the data order, and dropout
 
-    # when it ends: at the first of these
-    max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: until another condition
-    minutes: Annotated[float, "[0, inf)"] = 0.0  # instead: as many updates as fit; 0: max_iters
-    max_seconds: Annotated[float, "[0, inf)"] = 0.0  # of training, over all resumes; 0: no limit
-    target_train_loss: Annotated[float, "[0, inf)"] = 0.0  # reached at an evaluation; 0: none
-    target_val_loss: Annotated[float, "[0, inf)"] = 0.0  # reached at an evaluation; 0: none
-    patience: Annotated[int, "[0, inf)"] = 0  # evaluations without a new best; 0: no limit
+    # when it ends: the first condition that is met
+    max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: no limit
+    minutes: Annotated[float, "[0, inf)"] = 0.0  # a time budget instead, converted to updates
+    max_seconds: Annotated[float, "[0, inf)"] = 0.0  # training time, over all resumes; 0: no limit
+    target_train_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated training loss; 0: none
+    target_val_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated validation loss; 0: none
+    patience: Annotated[int, "[0, inf)"] = 0  # evaluations without improvement; 0: no limit
 
     # the optimizer and its learning rate
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices; AdamW the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon for matrices in blocks, AdamW for the rest
     muon_lr: Annotated[float, "(0, inf)"] = 0.02  # Muon's peak learning rate; same schedule
     learning_rate: Annotated[float, "(0, inf)"] = 6e-4  # AdamW's peak learning rate
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # from the peak to min_lr
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay from the peak to min_lr
     warmup_iters: Annotated[int, "[0, inf)"] = 100  # updates of linear warm-up
-    lr_decay_iters: Annotated[int, "[0, inf)"] = 0  # update at which min_lr is reached; 0: the last
-    min_lr: Annotated[float, "[0, inf)"] = 0.0  # learning rate at the end of the schedule
-    weight_decay: Annotated[float, "[0, inf)"] = 0.1  # of matrices and embeddings
-    beta1: Annotated[float, "[0, 1)"] = 0.9  # momentum of AdamW and Muon
-    beta2: Annotated[float, "[0, 1)"] = 0.95  # AdamW's decay of the squared gradient
-    grad_clip: Annotated[float, "[0, inf)"] = 1.0  # largest norm of the gradient; 0: no limit
+    lr_decay_iters: Annotated[int, "[0, inf)"] = 0  # update that reaches min_lr; 0: the last
+    min_lr: Annotated[float, "[0, inf)"] = 0.0  # final learning rate of AdamW; Muon's in proportion
+    weight_decay: Annotated[float, "[0, inf)"] = 0.1  # weight decay of matrices and embeddings
+    beta1: Annotated[float, "[0, 1)"] = 0.9  # AdamW's beta1 and Muon's momentum
+    beta2: Annotated[float, "[0, 1)"] = 0.95  # AdamW's beta2
+    grad_clip: Annotated[float, "[0, inf)"] = 1.0  # largest gradient norm; 0: no limit
 
     # evaluating, logging, saving
-    eval_interval: Annotated[int, "[0, inf)"] = 250  # updates per evaluation and save; 0: a fifth
-    eval_tokens: Annotated[int, "[1, inf)"] = 2**20  # most tokens of a split to evaluate on
+    eval_interval: Annotated[int, "[0, inf)"] = 250  # updates between evaluations; 0: a fifth
+    eval_tokens: Annotated[int, "[1, inf)"] = 2**20  # most tokens of a split to evaluate
     eval_only: bool = False  # evaluate init_from, without training or saving
-    log_interval: Annotated[int, "[0, inf)"] = 10  # updates per row of metrics.csv; 0: a hundredth
-    snapshot_interval: Annotated[int, "[0, inf)"] = 0  # updates per kept checkpoint; 0: none
-    keep_snapshots: Annotated[int, "[0, inf)"] = 0  # how many, the newest; 0: all
-    sample_interval: Annotated[int, "[0, inf)"] = 0  # updates per sample; 0: at the end only
-    sample_prompt: str = ""  # what samples continue; escapes as in sample.py
-    num_samples: Annotated[int, "[0, 1e4]"] = 1  # samples each time
+    log_interval: Annotated[int, "[0, inf)"] = 10  # updates between logs; 0: a hundredth
+    snapshot_interval: Annotated[int, "[0, inf)"] = 0  # updates between snapshots; 0: none
+    keep_snapshots: Annotated[int, "[0, inf)"] = 0  # number of snapshots to keep; 0: all
+    sample_interval: Annotated[int, "[0, inf)"] = 0  # updates between samples; 0: only at the end
+    sample_prompt: str = ""  # prompt of the samples; escapes as in sample.py
+    num_samples: Annotated[int, "[0, 1e4]"] = 1  # number of samples each time
     sample_tokens: Annotated[int, "[1, 1e5]"] = 300  # length of a sample, in tokens
     tensorboard: bool = False  # also log to TensorBoard, in out_dir/tensorboard
     wandb: bool = False  # also log to Weights & Biases; WANDB_MODE=offline needs no account
     wandb_project: str = "folio"  # project name on Weights & Biases
-    wandb_run_name: str = ""  # run name on Weights & Biases; empty: that of out_dir
+    wandb_run_name: str = ""  # run name on Weights & Biases; empty: the name of out_dir
 
     # the machine
-    device: str = "auto"  # cuda, cuda:1, mps, cpu; auto: the first of cuda, mps, cpu found
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    device: str = "auto"  # cuda, cuda:1, mps, cpu; auto: the first that exists
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of matrix products
     compile: Literal["auto", True, False] = "auto"  # use torch.compile; auto: on CUDA
-    deterministic: bool = False  # same bits from every run on CUDA too, but slower
+    deterministic: bool = False  # bitwise reproducible on CUDA too, but slower
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,7 +116,7 @@ class TrainConfig(GPTConfig):
         ends = (self.max_seconds, self.target_train_loss, self.target_val_loss, self.patience)
         if self.max_iters == 0 and not self.minutes and not any(ends):
             raise ValueError(
-                "max_iters=0 never ends: set minutes, max_seconds, target_train_loss, "
+                "max_iters=0 never ends: also set minutes, max_seconds, target_train_loss, "
                 "target_val_loss or patience"
             )
         unknown_end = self.max_iters == 0 and not self.minutes and self.lr_decay_iters == 0
@@ -130,7 +131,7 @@ class TrainConfig(GPTConfig):
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
 
 
-NANOGPT = {  # options of nanoGPT that do not exist here, and what to use
+NANOGPT = {  # options of nanoGPT that do not exist here, with advice
     "gradient_accumulation_steps": "batch_size counts all sequences of an update; "
     "micro_batch_size says how many are processed at a time",
     "eval_iters": "an evaluation reads the whole split, or eval_tokens of it",
@@ -150,6 +151,14 @@ NANOGPT = {  # options of nanoGPT that do not exist here, and what to use
 def update(run: Run) -> tuple[Tensor, Tensor]:
     """Make one optimizer update; return its loss and gradient norm, on the device."""
     cfg, progress = run.cfg, run.progress
+    lr = get_lr(
+        progress.iter_num,
+        cfg.schedule,
+        cfg.learning_rate,
+        cfg.min_lr,
+        cfg.warmup_iters,
+        cfg.lr_decay_iters or cfg.max_iters,
+    )
     n_micro = cfg.batch_size // cfg.micro_batch_size
     loss = torch.zeros((), device=cfg.device)  # nats per token, the mean over the batch
     for micro_step in range(n_micro):
@@ -160,26 +169,17 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
         with autocast(cfg.device, cfg.dtype):
             _, micro_loss = run.model(idx, targets)
         micro_loss = micro_loss / n_micro
-        run.scaler.scale(micro_loss).backward()  # adds to the gradients
+        run.scaler.scale(micro_loss).backward()  # accumulates gradients
         loss += micro_loss.detach()
 
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-    lr = get_lr(
-        progress.iter_num,
-        cfg.schedule,
-        cfg.learning_rate,
-        cfg.min_lr,
-        cfg.warmup_iters,
-        cfg.lr_decay_iters or cfg.max_iters,
-    )
-    # stays on the device: the host never waits for it here
-    skip = run.watch.observe(progress.iter_num, loss, norm, lr)
+    skip = run.guard.check(progress.iter_num, loss, norm, lr)  # 1 if not finite; on the device
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr / cfg.learning_rate * optimizer.defaults["lr"]
-        optimizer.found_inf = skip  # where it is 1, step() leaves weights and moments as they are
+            group["lr"] = lr / cfg.learning_rate * optimizer.defaults["lr"]  # Muon's in proportion
+        optimizer.found_inf = skip  # step() does nothing if this is 1; so needs no scaler.step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -194,10 +194,10 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def training_loop(run: Run, log: metrics.Log) -> str:
-    """Update until something ends the run, and return what did. Stopped after a signal."""
+    """Train until a condition is met, and return it as text. Raises Stopped after a signal."""
     cfg, progress, clock = run.cfg, run.progress, run.clock
     if progress.eval_iter != progress.iter_num and run.is_due(cfg.eval_interval):
-        evaluate_and_save(run, log)  # a signal came during it
+        evaluate_and_save(run, log)  # a signal interrupted this evaluation
     clock.start()
     while not (reason := end_reason(run)):
         run.stop.check()
@@ -218,7 +218,7 @@ def training_loop(run: Run, log: metrics.Log) -> str:
                 log.add_samples(progress.iter_num, run.generate_samples())
             clock.start()
     clock.stop()
-    if progress.eval_iter != progress.iter_num:
+    if progress.eval_iter != progress.iter_num or progress.val_loss is None:
         evaluate_and_save(run, log)
     if not run.is_due(cfg.sample_interval):
         log.add_samples(progress.iter_num, run.generate_samples())
@@ -226,7 +226,7 @@ def training_loop(run: Run, log: metrics.Log) -> str:
 
 
 def end_reason(run: Run) -> str:
-    """What ends the run now, in words; empty if nothing does."""
+    """The condition for the end of the run that is met, as text; empty if none is."""
     cfg, progress = run.cfg, run.progress
     train_seconds, _ = run.clock.read()
     losses = {"target_train_loss": progress.train_loss, "target_val_loss": progress.val_loss}
@@ -262,7 +262,7 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
 
 
 def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
-    """Log the last update. The host waits for the device here, and not at every update."""
+    """Log the last update. Only here does the host wait for the device."""
     cfg, progress = run.cfg, run.progress
     loss, norm = loss.item(), norm.item()
     lr = run.optimizers[0].param_groups[0]["lr"]
@@ -270,7 +270,8 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
     run.read_clock()
     speed = log.tokens_per_second(progress.tokens, progress.train_seconds)
     peak = machine.peak_flops(cfg.device) if cfg.dtype != "float32" else None
-    mfu = speed * run.model.flops_per_token() / peak if peak else None
+    flops = run.model.flops_per_token()
+    mfu = speed * flops / peak if peak and flops else None
     log.write(
         **progress.cells(),
         lr=lr,
@@ -296,7 +297,7 @@ def main(argv: list[str]) -> int:
         recipe["out_dir"] = "out/" + given.get("dataset", "quickstart")
         given = {k: v for k, v in recipe.items() if k not in given} | given
     lengths = [name for name in given if name in ("max_iters", "minutes")]
-    for name in lengths[:-1]:  # two ways to say the same thing: the last one counts
+    for name in lengths[:-1]:  # they override each other; the last one wins
         del given[name]
     if given.get("init_from") == "resume" and not given.get("eval_only"):
         folder = startup.find_resumed(given.get("out_dir", ""), given.get("checkpoint", ""))
@@ -306,7 +307,7 @@ def main(argv: list[str]) -> int:
 
 
 def start(given: dict, quick_start: bool = False) -> int:
-    """Check all that was asked for, then train or evaluate; return the exit code."""
+    """Check everything, then train or evaluate; return the exit code."""
     ckpt, resuming = startup.load_start(given), given.get("init_from") == "resume"
     if resuming:
         given = startup.resumed_options(given, ckpt, {f.name for f in fields(TrainConfig)})
@@ -317,14 +318,14 @@ def start(given: dict, quick_start: bool = False) -> int:
     device, dtype, compile = machine.resolve_machine(cfg.device, cfg.dtype, cfg.compile)
     threads = ckpt.meta["threads"] if resuming else None
     machine.setup_torch(device, dtype, cfg.deterministic, threads)
-    if resuming and (now := torch.get_num_threads()) != threads:
-        print(f"{now} threads instead of {threads}: the same run, but for rounding")
+    if resuming and device == "cpu" and (now := torch.get_num_threads()) != threads:
+        print(f"resuming with {now} threads instead of {threads}: results differ by rounding")
     dataset = startup.find_dataset(Path(cfg.data_dir), cfg.dataset, quick_start)
     cfg = replace(
         cfg,
         device=device,
         dtype=dtype,
-        compile=compile,
+        compile=compile and not cfg.eval_only,
         dataset=dataset.folder.name if quick_start else cfg.dataset,
         vocab_size=given.get("vocab_size", dataset.vocab_size),
         micro_batch_size=cfg.micro_batch_size
@@ -341,12 +342,12 @@ def start(given: dict, quick_start: bool = False) -> int:
         print(f"{ckpt.path if ckpt else 'untrained'}: {text}, perplexity {perplexity:.4g}")
         return 0
     resumed_from = ckpt.path if resuming else None
-    del ckpt  # its tensors were copied, and are as large as the run itself
+    del ckpt  # its tensors have been copied, and are as large as the run
     return launch(run, resumed_from)
 
 
 def launch(run: Run, resumed_from: Path | None) -> int:
-    """Plan the run, take its folder, and train; return the exit code."""
+    """Plan the run, create or reopen its folder, and train; return the exit code."""
     cfg, out_dir = run.cfg, Path(run.cfg.out_dir)
     if not resumed_from:
         run_folder.check_new_folder(out_dir)
@@ -367,17 +368,17 @@ def launch(run: Run, resumed_from: Path | None) -> int:
         except torch.OutOfMemoryError:
             size = cfg.micro_batch_size
             smaller = "model or block_size" if size == 1 else f"micro_batch_size than {size}"
-            raise UserError(f"{cfg.device} is out of memory: use a smaller {smaller}") from None
+            raise UserError(f"{cfg.device} is out of memory; use a smaller {smaller}") from None
 
 
 def plan(run: Run) -> None:
-    """Time an update, fix the length of the run where it is not yet, and print both."""
+    """Time an update, set the length and the intervals that are still open, print the plan."""
     cfg, progress = run.cfg, run.progress
     seconds = run.time_update(update)
     if cfg.minutes:
         n_fit = int((60 * cfg.minutes - progress.train_seconds) / seconds)
-        max_iters = progress.iter_num + max(MIN_ITERS, n_fit)
-        print(f"budget:  minutes={cfg.minutes:g} is max_iters={max_iters}, which gives the same run")
+        max_iters = max(MIN_ITERS, progress.iter_num + n_fit)
+        print(f"budget:  minutes={cfg.minutes:g} is max_iters={max_iters}, which repeats this run")
         cfg = replace(cfg, minutes=0.0, max_iters=max_iters)
     run.cfg = cfg = replace(
         cfg,
@@ -386,7 +387,7 @@ def plan(run: Run) -> None:
     )
     size = f"{cfg.batch_size} x {cfg.block_size} tokens"
     if cfg.max_iters == 0:
-        print(f"plan:    updates of {size}, {seconds:.2g} s each, until a condition ends the run")
+        print(f"plan:    updates of {size}, {seconds:.2g} s each, until a condition is met")
         return
     left = max(0, cfg.max_iters - progress.iter_num)
     tokens, expected = left * cfg.batch_size * cfg.block_size, left * seconds
@@ -413,7 +414,7 @@ def run_to_end(run: Run) -> int:
             except Stopped:
                 if progress.iter_num > first_iter:
                     run.save()
-            except OSError:  # nobody reads what is printed, or the disk is full
+            except OSError:  # standard output is closed, or the disk is full
                 with suppress(OSError):
                     run.save()
                     print(f"saved after {progress.iter_num:,} updates", file=sys.stderr)
@@ -436,11 +437,11 @@ def run_to_end(run: Run) -> int:
 
 
 def report_stop(run: Run) -> int:
-    """Print after which update a signal ended the run; return the exit code."""
+    """Print when a signal ended the run; return the exit code."""
     name, iter_num = run.stop.caught.name, run.progress.iter_num
     if iter_num:
         print(f"stopped: {name} after {iter_num:,} updates; saved")
-        print(f"go on:   python train.py --init_from=resume --out_dir={run.cfg.out_dir}")
+        print(f"resume:  python train.py --init_from=resume --out_dir={run.cfg.out_dir}")
     else:
         print(f"stopped: {name} before the first update; nothing to save")
     return 128 + run.stop.caught

@@ -12,4 +12,4 @@ dataset = "shakespeare"
 
 batch_size = 8
 eval_tokens = 100_000_000  # all of the split
-dtype = "float32"  # its logits lie about -100, where bfloat16 rounds to halves
+dtype = "float32"  # GPT-2's logits are near -100, where bfloat16 is too coarse

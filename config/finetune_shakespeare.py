@@ -5,7 +5,7 @@ python train.py config/finetune_shakespeare.py
 Hardware: a GPU, or a patient CPU; time and loss are not yet measured. Downloads GPT-2's weights.
 """
 
-init_from = "gpt2"  # or gpt2-medium, -large, -xl, a checkpoint, a folder of transformers'
+init_from = "gpt2"  # or gpt2-medium, -large, -xl, a checkpoint, a folder in transformers' format
 dataset = "shakespeare"
 out_dir = "out/finetune_shakespeare"
 

@@ -1,4 +1,4 @@
-"""The baby GPT on the characters of tiny Shakespeare, with newer parts and Muon.
+"""The baby GPT on the characters of tiny Shakespeare, with modern parts and Muon.
 
 python train.py config/shakespeare_char.py
 
@@ -15,7 +15,7 @@ rotary, qk_norm, conv = True, True, 3
 batch_size = 16
 max_iters = 1200
 optimizer, muon_lr, learning_rate = "muon", 0.03, 4e-3
-weight_decay = 0.2  # so little text, read so often, wants much of it
+weight_decay = 0.2  # strong, because a small text is read many times
 schedule, warmup_iters = "linear", 0
 
 eval_interval = 300

@@ -15,7 +15,7 @@ rotary, qk_norm, conv = True, True, 3
 
 batch_size = 16
 minutes = 1
-optimizer, muon_lr, learning_rate = "muon", 0.03, 12e-3  # adamw alone wants 4e-3
+optimizer, muon_lr, learning_rate = "muon", 0.03, 12e-3  # with adamw alone use 4e-3
 schedule, warmup_iters = "linear", 0
 
 eval_interval = 0  # five times in the run

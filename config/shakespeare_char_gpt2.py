@@ -1,4 +1,4 @@
-"""nanoGPT's baby GPT on the characters of tiny Shakespeare, as its recipe has it: to compare with.
+"""nanoGPT's baby GPT on the characters of tiny Shakespeare, by its recipe, for comparison.
 
 python train.py config/shakespeare_char_gpt2.py
 

@@ -1,4 +1,4 @@
-"""GPT-2's shape with newer parts and Muon, on a data set in GPT-2's tokens.
+"""GPT-2's shape with modern parts and Muon, on a data set in GPT-2's tokens.
 
 python train.py config/train_gpt2_modern.py --dataset=NAME
 

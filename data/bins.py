@@ -1,11 +1,11 @@
-"""Token bins: the files that prepare.py writes, and which window of them a run reads when.
+"""Token bins: writing them, reading them, and the order of a run's training windows.
 
     data/<name>/train.bin   token ids, little-endian, no header; uint16, or uint32 where needed
     data/<name>/val.bin     the same
     data/<name>/meta.json   format, dtype, vocabulary size, tokenizer, sources, and of each split
                             the tokens, UTF-8 bytes and SHA-256
 
-A folder without meta.json is read as one of nanoGPT's: uint16 ids of GPT-2's tokenizer.
+A folder without meta.json is taken for nanoGPT's: uint16 ids of GPT-2's tokenizer.
 """
 
 import functools
@@ -26,9 +26,9 @@ from data.errors import UserError
 
 FORMAT = 1
 SPLITS = ("train", "val")
-IGNORED = -1  # a target that the loss leaves out, because it is beyond the end of the split
-CHECKED_IDS = 2**24  # of a split, when it is opened; the others are checked when they are read
-BIGRAM_TOKENS = 5_000_000  # enough for a baseline, and counted in seconds
+IGNORED = -1  # a target that the loss ignores, because it is beyond the end of the split
+CHECKED_IDS = 2**24  # ids of a split that are checked when it is opened; the rest when read
+BIGRAM_TOKENS = 5_000_000  # enough for a baseline, and fast to count
 MALFORMED = (  # what reading JSON with unexpected content raises
     ValueError,
     TypeError,
@@ -44,11 +44,11 @@ ROUNDS = 6  # of the Feistel network: four remove correlations, small domains ne
 
 
 def window(seed: int, n: np.ndarray, n_tokens: int, block_size: int) -> np.ndarray:
-    """Start offsets of the n-th training sequences of a run: a pure function, (B,) int64.
+    """The start offsets of the n-th training windows of a run, (B,) int64: a pure function.
 
-    An epoch is all non-overlapping windows of block_size + 1 tokens from a random phase on, in the
-    order of a keyed permutation that is computed and never stored. `n` is (B,) int64. The split
-    must hold two windows (`n_tokens >= 2 * (block_size + 1)`).
+    An epoch is all non-overlapping windows of block_size + 1 tokens from a random offset on, in the
+    order of a keyed permutation, which is computed and never stored. `n` is (B,) int64. The split
+    must have room for two windows (`n_tokens >= 2 * (block_size + 1)`).
     """
     length = block_size + 1
     per_epoch = (n_tokens - block_size) // length  # the same for every phase
@@ -94,7 +94,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def eval_windows(n_tokens: int, block_size: int, max_tokens: int) -> np.ndarray:
-    """Start offsets of the windows that an evaluation reads: int64, ordered, not overlapping.
+    """The start offsets of the windows for evaluation: int64, ordered, not overlapping.
 
     They cover the split, and the last one may reach beyond its end. If the split is larger than
     `max_tokens`, they cover that many tokens, evenly spaced.
@@ -119,7 +119,7 @@ class Split:
     def batch(self, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
         """The windows at `starts` (B,): idx and targets, int64 (B, T).
 
-        Targets beyond the split's end are IGNORED. UserError for an id beyond the vocabulary.
+        Targets beyond the split's end are IGNORED. Raises UserError for an unknown id.
         """
         offsets = starts[:, None] + np.arange(block_size + 1)
         last = len(self.tokens) - 1
@@ -130,14 +130,14 @@ class Split:
         return idx, targets
 
     def check(self, ids: np.ndarray) -> None:
-        """UserError if an id is beyond the vocabulary."""
+        """Raise UserError if an id is beyond the vocabulary."""
         if ids.size and (largest := int(ids.max())) >= self.vocab_size:
             raise UserError(
                 f"{self.path}: token id {largest} is beyond the vocabulary of {self.vocab_size}"
             )
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """A loss in nats per token as bits per byte of text, which compares tokenizers."""
+        """Convert a loss in nats per token to bits per byte of text; None if bytes are unknown."""
         if self.n_bytes is None:
             return None
         return loss / math.log(2) * len(self.tokens) / self.n_bytes
@@ -152,11 +152,11 @@ class Dataset:
     vocab_size: int
     train: Split
     val: Split
-    fingerprint: str  # a digest of the tokens: equal bins have equal fingerprints
+    fingerprint: str  # a digest of the splits' digests; of nanoGPT's bins, of their sizes
 
 
 def load(folder: Path) -> Dataset:
-    """Open the data set in `folder`; UserError if something is missing or inconsistent."""
+    """Open the data set in `folder`; raises UserError if it is incomplete or inconsistent."""
     rebuild = f"rebuild it: python prepare.py --name {folder.name} --input FILE"
     if not (folder / "meta.json").exists() and (folder / "meta.pkl").exists():
         raise UserError(f"{folder}/meta.pkl is a pickle, which could run code; {rebuild}")
@@ -189,8 +189,6 @@ def load(folder: Path) -> Dataset:
         )
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing; {rebuild}") from None
-    except UserError:
-        raise
     except MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder}/meta.json cannot be read ({reason}); {rebuild}") from None
@@ -217,10 +215,10 @@ def _check_count(name: str, value: object, largest: int) -> None:
 
 
 def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
-    """Nats per token of `val` under the pairs counted in `train`: the loss to beat.
+    """The loss on `val`, in nats per token, of a bigram model counted on `train`: a baseline.
 
-    p(b | a) = (count(a, b) + p(b)) / (count(a) + 1), where p(b) comes from counts plus one, so that
-    pairs that never occurred get some probability. At most the first BIGRAM_TOKENS are read.
+    p(b | a) = (count(a, b) + p(b)) / (count(a) + 1), where p(b) is smoothed by one, so that no pair
+    has probability 0. At most the first BIGRAM_TOKENS are read.
     """
     train, val = (part[:BIGRAM_TOKENS].astype(np.int64) for part in (train, val))
     single = np.bincount(train, minlength=vocab_size)
@@ -237,9 +235,9 @@ def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
 
 
 class Writer:
-    """Writes a data set completely or not at all; an older one of that name is moved aside.
+    """Writes a data set atomically; an older one of that name is moved aside.
 
-    Everything goes into a hidden folder beside it, which finish() renames. If finish() is not
+    Everything is written to a hidden folder beside it, which finish() renames. If finish() is not
     reached, that folder is removed.
     """
 
@@ -260,7 +258,7 @@ class Writer:
             self._partial.mkdir(parents=True)
             self._files = {name: open(self._partial / f"{name}.bin", "xb") for name in SPLITS}
             self._digests = {name: hashlib.sha256() for name in SPLITS}
-        except BaseException:  # a signal here would not lead to __exit__
+        except BaseException:  # Python does not call __exit__ if __enter__ raises
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
         return self
@@ -273,9 +271,9 @@ class Writer:
         self.n_tokens[split] += len(ids)
 
     def finish(self, splits: dict[str, dict], tokenizer: dict, sources: list[str]) -> dict:
-        """Rename the data set into place and return its meta.
+        """Move the data set to its final name and return its meta.
 
-        `splits` has what the writer does not know about each split, such as its bytes.
+        `splits` adds what the writer does not know about each split, such as its UTF-8 bytes.
         """
         meta = {
             "format": FORMAT,
@@ -294,7 +292,7 @@ class Writer:
         }
         for file in self._files.values():
             _sync(file)
-            file.close()  # Windows renames no folder with an open file
+            file.close()  # Windows cannot rename a folder with an open file
         with open(self._partial / "meta.json", "x", encoding="utf-8") as file:
             json.dump(meta, file, ensure_ascii=False, indent=1)
             _sync(file)
@@ -315,7 +313,7 @@ def _sync(file: IO) -> None:
 
 
 def move_aside(folder: Path) -> None:
-    """Rename a folder to NAME.1, or the next free number, and print a line about it."""
+    """Rename a folder to NAME.1, or the next free number, with a message."""
     aside = free_name(folder.with_name(f"{folder.name}.1"))
     try:
         folder.rename(aside)
@@ -327,7 +325,7 @@ def move_aside(folder: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or the same with the first higher number at its end that nothing has."""
+    """`path`, or if it exists the same with the next free number at its end."""
     stem, n = re.sub(r"\.\d+$", "", path.name), 1
     while path.exists():
         n += 1

@@ -1,8 +1,8 @@
-"""Files, folders, globs, URLs and JSON lines to documents, one after another.
+"""Reads documents from files, folders, globs, URLs and JSON lines.
 
-A plain file is one document, and so is a line of JSON lines (.jsonl, .ndjson); either may be .gz. A
-folder or a glob stands for its text files, sorted by name. Two inputs are part of Python itself:
-`pydocs`, the language reference, and `pystdlib`, the source of the standard library.
+A plain file is one document, and so is each line of JSON lines (.jsonl, .ndjson). Both may be .gz.
+A folder or a glob means its text files, sorted by name. Two inputs are part of Python: `pydocs`,
+the language reference, and `pystdlib`, the source of the standard library.
 """
 
 import codecs
@@ -36,13 +36,13 @@ KNOWN = {  # downloads whose digest is pinned
 }
 PART_OF_PYTHON = ("pydocs", "pystdlib")
 JSON_LINES = (".jsonl", ".ndjson")
-SNIFF_BYTES = 1 << 13  # a zero byte within them marks a binary file, as in git
-PIECE_BYTES = 1 << 18  # of text encoded at a time: shared among cores, yet worth the overhead
-TAIL_BYTES = 1 << 12  # at the end of a piece, searched for a good place to end it
+SNIFF_BYTES = 1 << 13  # a zero byte in the first ones means a binary file, as in git
+PIECE_BYTES = 1 << 18  # text that is encoded at a time: enough to be worth a thread's while
+TAIL_BYTES = 1 << 12  # end of a piece that is searched for a good place to end it
 
 
 class Document(NamedTuple):
-    data: bytes  # UTF-8, not yet checked
+    data: bytes  # UTF-8, not validated yet
     source: str  # a file, or a line of it
     offset: int = 0  # of the data in the source, in bytes
 
@@ -52,11 +52,10 @@ class Document(NamedTuple):
         return Document(self.data[start:end], self.source, self.offset + start)
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces of at most PIECE_BYTES, which joined are the document.
+        """Yield the text in pieces of at most PIECE_BYTES.
 
-        A piece ends before a space or a newline that follows something else, where GPT-2's
-        tokenizer ends a token anyway, and inside a word only if that is KiB long. UserError if the
-        bytes are not UTF-8.
+        A piece ends before whitespace, where GPT-2's tokenizer ends a token anyway, unless a word
+        is longer than TAIL_BYTES. Raises UserError if the bytes are not UTF-8.
         """
         start = 0
         while start < len(self.data):
@@ -76,7 +75,7 @@ class Corpus:
     """The documents of some inputs; each iteration reads them again, in the same order."""
 
     def __init__(self, inputs: tuple[str, ...], field: str, downloads: Path):
-        """Find the files; UserError for an input that does not exist or is empty."""
+        """Find the files; raises UserError for an input that does not exist or is empty."""
         self.field = field
         self.sources = [_describe(word) for word in inputs]
         self.files = [found for word in inputs for found in _find(word, downloads)]
@@ -118,7 +117,7 @@ class Corpus:
 
 
 def _text_of(line: bytes, source: str, field: str) -> bytes:
-    """The text in one field of a line of JSON."""
+    """Return the text in a field of a line of JSON."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -135,7 +134,7 @@ def _text_of(line: bytes, source: str, field: str) -> bytes:
 
 
 def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
-    """The files that an input means, each with whether it was named itself; None for pydocs."""
+    """Resolve an input to (path, explicitly named) pairs; the path of pydocs is None."""
     if not word:
         raise UserError("--input= is empty: give a file, a folder, a glob or a URL")
     if word == "pydocs":
@@ -146,13 +145,13 @@ def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
         return [(_download(word, downloads), True)]
     path = Path(word)
     if path.is_dir():
-        files = sorted(_walk(path))
+        files = sorted(_walk(path), key=Path.as_posix)
     elif path.is_file():
         return [(path, True)]
     elif path.exists():
-        raise UserError(f"input {word} is a device, not a text file")
+        raise UserError(f"input {word} is not a regular file")
     elif glob.has_magic(word):
-        files = sorted(p for p in _expand(path) if p.is_file())
+        files = sorted((p for p in _expand(path) if p.is_file()), key=Path.as_posix)
     else:
         raise UserError(f"input {word}: no such file or folder")
     if not files:
@@ -161,7 +160,7 @@ def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
 
 
 def _expand(pattern: Path) -> Iterator[Path]:
-    """The matches of a glob; ** follows no symlinks, and matches hidden names only if told to."""
+    """The matches of a glob; ** follows no symlinks, and matches hidden names only if asked to."""
     root = Path(pattern.anchor)
     hidden = any(part.startswith(".") and part.strip(".") for part in pattern.parts)
     for path in root.glob(str(pattern.relative_to(root))):
@@ -171,7 +170,7 @@ def _expand(pattern: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, without hidden ones; OSError if a folder cannot be read."""
+    """The files below a folder, without hidden ones; raises OSError if one cannot be read."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -193,7 +192,7 @@ def _standard_library() -> list[Path]:
 
 
 def _language_reference() -> bytes:
-    """The topics of `help()`, which are part of CPython, one after another."""
+    """The topics of Python's help(), one after another."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -220,7 +219,7 @@ def _download(url: str, downloads: Path) -> Path:
     try:
         return fetch(url, path, **KNOWN.get(url, {}))
     except UserError as error:
-        with suppress(OSError):  # they are not empty if a part has arrived
+        with suppress(OSError):  # not empty if a partial download was kept
             for folder in new:
                 folder.rmdir()
         raise UserError(
@@ -234,7 +233,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _character_start(data: bytes, offset: int) -> int:
-    """The start of the character at `offset`; combining marks belong to the one before them."""
+    """The start of the character at `offset`; combining marks belong to their base character."""
     for start in range(offset, max(-1, offset - 64), -1):
         if 0 < start < len(data):
             character = data[start : start + 4].decode(errors="ignore")[:1]
@@ -242,6 +241,13 @@ def _character_start(data: bytes, offset: int) -> int:
             if inside or (character and unicodedata.combining(character)):
                 continue
         return start
+    return _byte_boundary(data, offset)
+
+
+def _byte_boundary(data: bytes, offset: int) -> int:
+    """The start of the UTF-8 sequence at `offset`."""
+    while data[offset] & 0xC0 == 0x80:
+        offset -= 1
     return offset
 
 
@@ -251,9 +257,7 @@ def _piece_end(data: bytes, start: int) -> int:
         return len(data)
     end = _character_start(data, start + PIECE_BYTES)
     if end <= start:  # nothing but combining marks
-        end = start + PIECE_BYTES
-        while data[end] & 0xC0 == 0x80:
-            end -= 1
+        end = _byte_boundary(data, start + PIECE_BYTES)
     tail = data[max(start, end - TAIL_BYTES) : end].decode(errors="surrogateescape")
     if breaks := [match.start() for match in re.finditer(r"(?<=\S)[ \n]", tail)]:
         return end - len(tail[breaks[-1] :].encode(errors="surrogateescape"))

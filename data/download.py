@@ -1,4 +1,4 @@
-"""fetch(): a file from the web, complete and verified, or not there at all."""
+"""Downloads a file, completely and verified, or not at all."""
 
 import codecs
 import hashlib
@@ -15,7 +15,7 @@ from data.errors import UserError
 TRIES = 3
 TIMEOUT = (3, 10)  # seconds to connect; seconds without a byte
 CHUNK = 1 << 16
-HTML = "a web page (HTML) instead of a text"
+HTML = "a web page (HTML), not a text"
 PAGE = re.compile(  # a comment ends at its first -->, so that there is only one way to match
     rb"(\s|<!--((?!-->).)*-->|<\?xml((?!\?>).)*\?>)*<(!doctype html|html)",
     re.DOTALL | re.IGNORECASE,
@@ -23,10 +23,10 @@ PAGE = re.compile(  # a comment ends at its first -->, so that there is only one
 
 
 def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:
-    """Download `url` to `path` and return that. The name appears once size and digest are right.
+    """Download `url` and return `path`, which appears only when the download is verified.
 
-    If the digest is known, what has arrived is kept in PATH.part, and a later call continues from
-    there if the server allows it. UserError, with a short reason, after three tries.
+    If the digest is known, a partial download is kept in PATH.part, and a later call continues it
+    if the server allows that. Raises UserError, with a short reason, after three tries.
     """
     part = path.with_name(path.name + ".part")
     for attempt in range(TRIES):
@@ -43,7 +43,7 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
             continue
         if sha256 is None and (problem := _not_a_text(part)):
             part.unlink()
-            raise UserError(f"{url} answers with {problem}")
+            raise UserError(f"{url} returned {problem}")
         data_size, digest = _measure(part)
         if sha256 in (None, digest):
             os.replace(part, path)
@@ -59,7 +59,7 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
 
 
 def _download(url: str, part: Path) -> None:
-    """Append the rest of `url` to `part`; start again if the server ignores the range."""
+    """Append the rest of `url` to `part`; restart if the server ignores the Range header."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if have:
@@ -69,7 +69,7 @@ def _download(url: str, part: Path) -> None:
             return
         response.raise_for_status()
         if response.headers.get("Content-Type", "").startswith(("text/html", "application/xhtml")):
-            raise UserError(f"{url} answers with {HTML}")
+            raise UserError(f"{url} returned {HTML}")
         resumed = response.status_code == 206
         length = response.headers.get("Content-Length", "")
         total = int(length) + have * resumed if length.isdecimal() else 0
@@ -91,7 +91,7 @@ def _download(url: str, part: Path) -> None:
 
 
 def _not_a_text(path: Path) -> str:
-    """What a file holds instead of a text; empty if it may be a text."""
+    """What a file contains instead of a text; empty if it may be a text."""
     with open(path, "rb") as file:
         head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8)
     if not head:
@@ -108,11 +108,11 @@ def _measure(path: Path) -> tuple[int, str]:
 
 
 def short_reason(error: requests.RequestException) -> str:
-    """The cause in a few words, without the library's chain of wrapped exceptions."""
+    """The cause of an error in a few words, without the library's nested exceptions."""
     if isinstance(error, requests.HTTPError):
-        return f"the server answers {error.response.status_code}"
+        return f"HTTP {error.response.status_code}"
     if isinstance(error, requests.Timeout):
-        return "no answer in time"
+        return "timed out"
     if isinstance(error, requests.ConnectionError):
         return "no connection"
     return type(error).__name__

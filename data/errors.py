@@ -1,5 +1,5 @@
-"""The one exception that a script prints as a line. data/ imports nothing else of Folio's."""
+"""The exception that scripts print as one line. It is here because data/ imports nothing else."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake that the user can fix. Scripts print it on one line and exit with code 2."""

@@ -1,11 +1,11 @@
-"""Text to token ids and back: one class per kind, all with the same methods.
+"""Tokenizers: text to token ids and back, one class per kind, all with the same methods.
 
-encode(text)       ids, uint32 (n,); UserError for a character that has no token
+encode(text)       ids, uint32 (n,); raises UserError for a character without a token
 decode_bytes(ids)  UTF-8 bytes; a single token may be part of a character
 decode(ids)        text
 meta()             the whole tokenizer as JSON data, for meta.json and every checkpoint
 vocab_size         number of ids
-end_of_text        the id that separates documents; if None, a newline does
+end_of_text        the id that separates documents; None if a newline does
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from data.download import fetch
 from data.errors import UserError
 
 KINDS = ("char", "byte", "gpt2", "bpe")
-GPT2_PATTERN = (  # how GPT-2 splits a text before it merges byte pairs; no token crosses a split
+GPT2_PATTERN = (  # how GPT-2 splits text before merging byte pairs; no token crosses a split
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
 END_OF_TEXT = "<|endoftext|>"
@@ -31,7 +31,7 @@ EXPORTED = "folio_tokenizer.json"  # what convert.py writes beside transformers'
 
 
 class Tokenizer:
-    """What all kinds share. `normalize` is the Unicode form applied to text first, or empty."""
+    """The base class. `normalize` is the Unicode form that text is converted to, or empty."""
 
     kind: str
     vocab_size: int
@@ -55,7 +55,7 @@ class Tokenizer:
         return {"kind": self.kind, **form, **self._content()}
 
     def _content(self) -> dict:
-        """What meta() has beside the kind."""
+        """The entries of meta() besides the kind."""
         return {}
 
 
@@ -80,12 +80,12 @@ class CharTokenizer(Tokenizer):
         occurs = np.zeros(0x110000, bool)
         for text in texts:
             known_ascii = occurs[:128].nonzero()[0].astype(np.uint8).tobytes()
-            rest = text.encode().translate(None, known_ascii).decode()  # faster: most is ASCII
+            rest = text.encode().translate(None, known_ascii).decode()  # fast, if most is ASCII
             occurs[_code_points(rest)] = True
         return cls("".join(map(chr, np.flatnonzero(occurs))))
 
     def _encode(self, text: str) -> np.ndarray:
-        # the table's last entry, to which larger code points are clipped, is unknown
+        # larger code points are clipped to the last entry of the table, which means unknown
         ids = self._id_of.take(_code_points(text), mode="clip")
         unknown = np.flatnonzero(ids == self.vocab_size)
         if len(unknown):
@@ -169,7 +169,7 @@ class BytePairTokenizer(Tokenizer):
         return self._encoding.decode_bytes([int(i) for i in ids])
 
     def _content(self) -> dict:
-        return {"tokens": [token.decode("latin-1") for token in self.tokens]}  # byte = character
+        return {"tokens": [token.decode("latin-1") for token in self.tokens]}  # a character a byte
 
     def files(self) -> dict[str, bytes]:
         """vocab.json and merges.txt, which transformers' GPT-2 tokenizer reads.
@@ -216,7 +216,7 @@ class GPT2Tokenizer(BytePairTokenizer):
 
 
 def load(meta: dict) -> Tokenizer:
-    """Rebuild a tokenizer from its meta(); UserError if that is not one."""
+    """Rebuild a tokenizer from its meta(); raises UserError if it is invalid."""
     try:
         match meta:
             case {"kind": "char", "characters": str(characters)}:
@@ -233,15 +233,13 @@ def load(meta: dict) -> Tokenizer:
         tok.normalize = meta.get("normalize", "")
         normalized("a", tok.normalize)  # fails for an unknown form
         return tok
-    except UserError:
-        raise
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(error) from None
 
 
 def stored_in(path: Path) -> dict:
-    """The meta() of the tokenizer of a data set, a run, a checkpoint, or a folder in transformers'
-    format that is GPT-2's or was written by convert.py. It is read as data; UserError if there is
+    """Read the meta() of a tokenizer from a data set, a run, a checkpoint, or a folder in
+    transformers' format that is GPT-2's or was written by convert.py. Raises UserError if there is
     none."""
     try:
         if (path / "config.json").is_file():
@@ -264,7 +262,7 @@ def stored_in(path: Path) -> dict:
 
 
 def _checkpoint_meta(path: Path) -> dict:
-    """The meta of a checkpoint, read without torch; the digest is verified."""
+    """Read a checkpoint's meta without torch; the digest is verified."""
     with open(path, "rb") as file:
         digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - 32
         while left > 0 and (block := file.read(min(left, 1 << 20))):

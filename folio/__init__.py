@@ -1,1 +1,1 @@
-"""What the scripts lean on, one subject a file. docs/design.md has the contracts between them."""
+"""What the scripts share, one subject per file. docs/design.md describes the contracts."""

@@ -1,4 +1,4 @@
-"""Windows of a split to tensors on the device, and the mean loss over a split."""
+"""Batches on the device, and the mean loss over a split."""
 
 import math
 from collections.abc import Callable
@@ -14,22 +14,21 @@ from model import LanguageModel
 def get_batch(
     split: bins.Split, starts: np.ndarray, block_size: int, device: str
 ) -> tuple[Tensor, Tensor]:
-    """The windows of a split at `starts` (B,) as idx and targets (B, T), on the device."""
-    batch = (torch.from_numpy(part) for part in split.batch(starts, block_size))
-    if device.startswith("cuda"):
-        batch = (part.pin_memory() for part in batch)
-    idx, targets = (part.to(device, non_blocking=True) for part in batch)
-    return idx, targets
+    """Load the windows at `starts` (B,) as idx and targets (B, T) on the device."""
+    idx, targets = (torch.from_numpy(part) for part in split.batch(starts, block_size))
+    if device.startswith("cuda"):  # pinned memory is copied while the host goes on
+        idx, targets = (part.pin_memory().to(device, non_blocking=True) for part in (idx, targets))
+    return idx.to(device), targets.to(device)
 
 
 def autocast(device: str, dtype: str) -> torch.autocast:
-    """The context in which a model computes in `dtype`."""
+    """The autocast context for `dtype`, which does nothing for float32."""
     enabled = dtype != "float32"
     return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=enabled)
 
 
 def seed_dropout(seed: int, iter_num: int, micro_step: int) -> None:
-    """Seed torch by the position in the run alone, so that a resume has no state to restore."""
+    """Seed torch from the position in the run, so that resuming needs no saved RNG state."""
     sequence = np.random.SeedSequence((seed, iter_num, micro_step))
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
@@ -44,24 +43,26 @@ def split_loss(
     dtype: str,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss over a split in nats per token; of a larger split over max_tokens of it.
+    """Mean loss over a split in nats per token; over max_tokens of it if it is larger.
 
-    Deterministic: the same windows every time, weighted by tokens. All batches have one shape, so
-    that compiled code is not compiled again. `check` is called between batches and may raise.
+    Deterministic: always the same windows, weighted by tokens. All batches have one shape, so that
+    nothing is compiled again. `check` is called between batches and may raise.
     """
     block_size = model.config.block_size
     all_starts = bins.eval_windows(len(split.tokens), block_size, max_tokens)
     n_batches = math.ceil(len(all_starts) / batch_size)
     losses, counts = torch.zeros(2, n_batches, device=device)
     model.eval()
-    for i in range(n_batches):
-        check()
-        starts = all_starts[i * batch_size : (i + 1) * batch_size]
-        idx, targets = get_batch(split, np.resize(starts, batch_size), block_size, device)
-        targets[len(starts) :] = bins.IGNORED  # rows that only fill the last batch
-        with autocast(device, dtype):
-            losses[i] = model(idx, targets)[1]
-        counts[i] = (targets != bins.IGNORED).sum()
-    model.train()
+    try:
+        for i in range(n_batches):
+            check()
+            starts = all_starts[i * batch_size : (i + 1) * batch_size]
+            idx, targets = get_batch(split, np.resize(starts, batch_size), block_size, device)
+            targets[len(starts) :] = bins.IGNORED  # rows that only fill the last batch
+            with autocast(device, dtype):
+                losses[i] = model(idx, targets)[1]
+            counts[i] = (targets != bins.IGNORED).sum()
+    finally:
+        model.train()
     losses, counts = losses.cpu().double(), counts.cpu()
     return float((losses * counts).sum() / counts.sum())

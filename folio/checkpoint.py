@@ -1,14 +1,15 @@
-"""A checkpoint is one safetensors file: saved atomically, and loaded only if every byte is right.
+"""A checkpoint is one safetensors file, saved atomically and verified when it is loaded.
 
     header.__metadata__.folio   JSON: format, run id, configs, tokenizer, progress, ... (META)
     model.*, optimizer.*        the tensors
     sha256                      uint8 (32,), the last tensor: the digest of all bytes before it
 
 Any safetensors reader can read the file, and loading it cannot run code. We write and read it
-ourselves because the library knows no digest inside the file, and no fsync. All writing goes
+ourselves because the library supports neither a digest inside the file nor fsync. All writing goes
 through os.open, write, fsync, replace and unlink, so that tests can make each call fail.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -32,21 +33,22 @@ from folio.options import build_options
 from model import GPT, MODELS, GPTConfig, LanguageModel
 
 FORMAT = 1
-TEMPORARY = "new.partial"  # what is being written; the next save replaces it
-META = {  # the header's JSON, beside "format"
+TEMPORARY = "new.partial"  # the file being written; the next save replaces a leftover
+META = {  # the JSON in the header, besides "format"
     "run_id": str,
     "model": str,  # gpt or bigram
     "model_config": dict,  # the fields of GPTConfig
     "run_config": dict,  # the other options of train.py, with every "auto" resolved
     "tokenizer": dict,  # what tokenizer.load() takes
     "dataset": str,  # the fingerprint of its tokens
-    "progress": dict,  # train.py's Progress: iteration, windows drawn, losses, seconds
+    "progress": dict,  # folio/run.py's Progress: iteration, windows read, losses, seconds
     "scaler": dict,  # the state of float16's gradient scaler
     "threads": int,
 }
-SYNC_BYTES = 1 << 26  # written between two fsyncs
-HASH_LAG_BYTES = 2 * SYNC_BYTES  # how far hashing may fall behind writing
-O_BINARY = getattr(os, "O_BINARY", 0)  # without it Windows changes line ends
+SYNC_BYTES = 1 << 26  # bytes between two fsyncs
+HASH_LAG_BYTES = 2 * SYNC_BYTES  # how far hashing may lag behind writing
+O_BINARY = getattr(os, "O_BINARY", 0)  # no newline translation on Windows
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems cannot sync a folder
 DIGEST = {"dtype": "U8", "shape": [32]}
 DTYPES = {
     "F64": torch.float64,
@@ -62,18 +64,18 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass
 class Checkpoint:
-    """What a file holds, or an imported model as if a file held it."""
+    """The contents of a checkpoint file, or of an imported model."""
 
     path: Path
     tensors: dict[str, Tensor]  # model.* and optimizer.*, on the CPU
-    meta: dict  # as in META; "dataset", "scaler" and "threads" are missing from an import
+    meta: dict  # as in META; an imported model has no "dataset", "scaler" and "threads"
 
 
 # ---- saving -------------------------------------------------------------------------------------
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Write a checkpoint. Whatever happens, `path` holds the old file or all of the new one.
+    """Save a checkpoint atomically: `path` is always the complete old or the complete new file.
 
     Once this returns, the new one survives a power loss. An OSError names the file.
     """
@@ -84,7 +86,7 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
 
 
 def write_file(path: Path, blocks: Iterable[memoryview | bytes], temporary: Path) -> None:
-    """Replace `path` by a file of these blocks, atomically: written beside it, synced, renamed."""
+    """Replace `path` atomically: write the blocks to `temporary`, sync it, rename it."""
     with suppress(FileNotFoundError):
         os.unlink(temporary)  # not overwritten: it may be a hard link to a good file
     try:
@@ -96,7 +98,7 @@ def write_file(path: Path, blocks: Iterable[memoryview | bytes], temporary: Path
                 while block:
                     n_written = os.write(file, block[:SYNC_BYTES])
                     block, n_unsynced = block[n_written:], n_unsynced + n_written
-                    if n_unsynced >= SYNC_BYTES:  # the disk works while the next bytes are hashed
+                    if n_unsynced >= SYNC_BYTES:  # the disk writes while the next bytes are hashed
                         os.fsync(file)
                         n_unsynced = 0
             os.fsync(file)
@@ -113,12 +115,14 @@ def write_file(path: Path, blocks: Iterable[memoryview | bytes], temporary: Path
 
 def sync_folder(folder: Path) -> None:
     """fsync a folder, so that the names in it survive a power loss."""
-    if os.name == "nt":  # Windows cannot
+    if os.name == "nt":  # not possible on Windows
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
+        if error.errno in NO_FOLDER_SYNC:
+            return
         error.filename = str(folder)
         raise
     finally:
@@ -126,7 +130,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _append_digest(blocks: Iterable[memoryview]) -> Iterator[memoryview | bytes]:
-    """The blocks and then their SHA-256, computed in a thread while the caller writes them."""
+    """Yield the blocks, then their SHA-256, which a thread computes while the caller writes."""
     digest, pending, n_pending = hashlib.sha256(), deque(), 0
     with ThreadPoolExecutor(1) as pool:
         for block in blocks:
@@ -143,7 +147,7 @@ def _append_digest(blocks: Iterable[memoryview]) -> Iterator[memoryview | bytes]
 
 
 def _file_blocks(tensors: dict[str, Tensor], meta: dict) -> Iterator[memoryview]:
-    """The file up to the digest: the header's length, the header, one tensor after another."""
+    """Yield the file up to the digest: the header's length, the header, the tensors."""
     header, end = {"__metadata__": {"folio": json.dumps(meta)}}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -162,10 +166,10 @@ def _file_blocks(tensors: dict[str, Tensor], meta: dict) -> Iterator[memoryview]
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint and verify all of its bytes.
+    """Load a checkpoint and verify all of its bytes.
 
-    The tensors are views of one buffer that holds the file. UserError for whatever is not an
-    intact checkpoint; no more memory is allocated than the file is long.
+    The tensors are views of one buffer that holds the file. Raises UserError for anything but an
+    intact checkpoint. Memory is bounded by the size of the file.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"cannot open checkpoint {path}: not a regular file")
@@ -197,7 +201,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def read_header(path: Path) -> dict:
-    """The meta in a file's header, without reading or verifying the rest; {} if there is none."""
+    """A file's meta, unverified and without reading the rest; {} if there is none."""
     try:
         with safe_open(path, "numpy") as file:
             meta = json.loads(file.metadata()["folio"])
@@ -207,7 +211,7 @@ def read_header(path: Path) -> dict:
 
 
 def _parse_header(data: Tensor) -> tuple[dict, int]:
-    """The header, checked for consistency, and the offset of the first tensor's bytes."""
+    """Return the header, checked for consistency, and the offset of the first tensor."""
     if len(data) < 8 + 2 + 32:
         raise ValueError(f"it has only {len(data)} bytes")
     length = struct.unpack("<Q", data[:8].numpy().tobytes())[0]
@@ -220,7 +224,7 @@ def _parse_header(data: Tensor) -> tuple[dict, int]:
             start, end = entry["data_offsets"]
             size = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
             if start != offset or end != start + size or min(entry["shape"], default=0) < 0:
-                raise ValueError(f"the header is wrong about tensor {name!r}")
+                raise ValueError(f"the header entry of tensor {name!r} is invalid")
             offset = end
     if 8 + length + offset != len(data):
         raise ValueError("the file is truncated, or longer than its header says")
@@ -238,14 +242,14 @@ def _view(data: Tensor, entry: dict) -> Tensor:
 
 
 def match(ckpt: Checkpoint, prefix: str, params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors PREFIX*, without the prefix, which must be those of `params`.
+    """Return the tensors PREFIX* of a checkpoint, without the prefix; they must match `params`.
 
-    UserError for a name, shape or dtype that differs. `params` may be on "meta".
+    Raises UserError for a name, shape or dtype that differs. `params` may be on "meta".
     """
     saved = {n.removeprefix(prefix): t for n, t in ckpt.tensors.items() if n.startswith(prefix)}
-    if odd := sorted(params.keys() ^ saved.keys()):
-        problem = "lacks" if odd[0] in params else "has an unknown"
-        raise UserError(f"{ckpt.path} {problem} tensor {prefix}{odd[0]}")
+    if mismatched := sorted(params.keys() ^ saved.keys()):
+        problem = "lacks" if mismatched[0] in params else "has an unknown"
+        raise UserError(f"{ckpt.path} {problem} tensor {prefix}{mismatched[0]}")
     for name, param in params.items():
         found, wanted = (f"{tuple(t.shape)} of {t.dtype}" for t in (saved[name], param))
         if found != wanted:
@@ -255,28 +259,28 @@ def match(ckpt: Checkpoint, prefix: str, params: dict[str, Tensor]) -> dict[str,
 
 @torch.no_grad()
 def restore(ckpt: Checkpoint, prefix: str, params: dict[str, Tensor]) -> None:
-    """Copy the checkpoint's tensors PREFIX* into `params`; UserError as match()."""
+    """Copy the tensors PREFIX* of a checkpoint into `params`; raises UserError as match() does."""
     for name, tensor in match(ckpt, prefix, params).items():
         params[name].copy_(tensor)
 
 
-def check_model(ckpt: Checkpoint) -> GPTConfig:
-    """The model's config; UserError if the tensors do not fit it.
+def check_model(ckpt: Checkpoint) -> LanguageModel:
+    """Return the checkpoint's model on "meta"; raises UserError if its tensors do not fit it.
 
-    Nothing of the size that the config claims is allocated.
+    Nothing of the size that its config claims is allocated.
     """
     config = build_options(GPTConfig, ckpt.meta["model_config"], source=str(ckpt.path))
     if ckpt.meta["model"] not in MODELS:
         known = ", ".join(MODELS)
-        raise UserError(f"{ckpt.path} holds a model {ckpt.meta['model']!r}; known are {known}")
-    match(ckpt, "model.", dict(meta_model(ckpt.meta["model"], config).named_parameters()))
-    return config
+        raise UserError(f"{ckpt.path} has a model {ckpt.meta['model']!r}; the kinds are {known}")
+    model = meta_model(ckpt.meta["model"], config)
+    match(ckpt, "model.", dict(model.named_parameters()))
+    return model
 
 
 def build_model(ckpt: Checkpoint) -> LanguageModel:
-    """The checkpoint's model in evaluation mode; its tensors are the parameters, not copied."""
-    config = build_options(GPTConfig, ckpt.meta["model_config"], source=str(ckpt.path))
-    model = meta_model(ckpt.meta["model"], config)
+    """The checkpoint's model in evaluation mode. Its parameters are the tensors, not copies."""
+    model = check_model(ckpt)
     weights = match(ckpt, "model.", dict(model.named_parameters()))
     model.load_state_dict(weights, strict=False, assign=True)
     if isinstance(model, GPT):
@@ -285,13 +289,13 @@ def build_model(ckpt: Checkpoint) -> LanguageModel:
 
 
 def meta_model(kind: str, config: GPTConfig) -> LanguageModel:
-    """A model on "meta": shapes without memory, however large it is."""
+    """A model on the device "meta": shapes without memory."""
     with torch.device("meta"), _NoInit():
         return MODELS[kind](config)
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips the random initialization of tensors, which on "meta" would import torch's compiler."""
+    """Skips random initialization. On "meta" it would be useless, and import torch's compiler."""
 
     SKIPPED = (Tensor.normal_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
@@ -303,9 +307,9 @@ class _NoInit(TorchFunctionMode):
 
 
 def fit_model(ckpt: Checkpoint, config: GPTConfig) -> Checkpoint:
-    """The checkpoint with its positions cropped to block_size, its vocabulary padded to vocab_size.
+    """The checkpoint with positions cropped to block_size and the vocabulary padded to vocab_size.
 
-    New ids get the mean embedding, and with it a logit far below the likely ones (Hewitt 2021,
+    New ids get the mean embedding, and so logits far below the likely ones (Hewitt 2021,
     "Initializing New Word Embeddings for Pretrained Language Models").
     """
     if ckpt.meta["model"] != "gpt":

@@ -1,13 +1,13 @@
-"""Faster forms of plain operations, which model.py uses. To read model.py, take the plain ones.
+"""Faster equivalents of plain operations. When you read model.py, think of the plain ones.
 
     Dropout(p)                      nn.Dropout(p)
     causal_attention(q, k, v)       F.scaled_dot_product_attention(q, k, v, is_causal=True)
     token_loss(x, weight, targets)  F.cross_entropy(F.linear(x, weight), targets)
     pack(model)                     model
 
-Each gives the plain result but for rounding (Dropout: the same distribution), which tests/ checks.
-Most are for CPUs; elsewhere the plain form runs. docs/measurements.md has the full tables behind
-the gains that are named here.
+Each equals the plain form up to rounding (Dropout: the same distribution), which tests/ checks.
+Dropout, causal_attention and pack are fast paths for CPUs; token_loss is for all devices, except
+under torch.compile. docs/measurements.md has the measurements behind the gains stated here.
 """
 
 import math
@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MATMUL_ATTENTION_BLOCK = 512  # longest context for which attention runs as two matrix products
-CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**28}  # logits held in float32 at a time: enough to be busy
-GRAD_SCALE = 2**10  # of a mean over tokens in float16: far from its largest and smallest numbers
+CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**28}  # logits in float32 at a time; saturates the device
+GRAD_SCALE = 2**10  # keeps a mean gradient in float16 far from overflow and from underflow
 
 
 class Dropout(nn.Module):
     """Zero a fraction p of the elements in training, and scale the others by 1 / (1 - p).
 
-    On a CPU each element takes 16 random bits: 2.7 to 3.2 times faster than F.dropout.
+    On a CPU it draws 16 random bits per element, which is 3 times faster than F.dropout.
     """
 
     def __init__(self, p: float):
@@ -48,8 +48,8 @@ class Dropout(nn.Module):
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, where no token attends to a later one; all (B, n_head, T, D).
 
-    On a CPU in bfloat16 and up to 512 tokens, two batched matrix products are up to 1.6 times
-    faster than SDPA, though they keep all T * T weights of a head for backward.
+    On a CPU, in bfloat16 and up to 512 tokens, two batched matrix products are up to 1.6 times
+    faster than SDPA, although they save all T * T weights of a head for backward.
     """
     if (
         q.device.type == "cpu"
@@ -72,9 +72,9 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def token_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits x weight^T over the targets that are not -1.
 
-    x (B, T, C), weight (V, C), targets (B, T). With 50,257 ids a training step on a CPU is 2.5
-    times faster than with the plain form, and no float32 copy of the logits exists. Compiled, the
-    plain form is faster; and compiling the other takes ten times as long.
+    x (B, T, C), weight (V, C), targets (B, T). With 50,257 ids it is 2.4 times faster on a CPU
+    than the plain form, and needs no float32 copy of the logits. Under torch.compile the plain form
+    is faster, and compiles in a tenth of the time.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
     if torch.compiler.is_compiling():
@@ -83,22 +83,22 @@ def token_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class TokenLoss(torch.autograd.Function):
-    """token_loss() of N tokens, which computes the gradients during forward.
+    """token_loss() of N tokens, with the gradients computed in forward.
 
     The logits (N, V) are by far the largest tensor of a small model. They are stored once, in the
     dtype of the product, and overwritten by their own gradient, softmax(logits) minus 1 at the
-    target, a few rows at a time. Only those rows ever exist in float32. The gradient is divided by
-    N before it is summed over tokens, since the sum alone could overflow float16.
+    target, a few rows at a time. Only these rows exist in float32. The gradient is divided by N
+    before it is summed over the tokens, because the sum could overflow float16.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
         logits = F.linear(x, weight)
-        exact = torch.promote_types(logits.dtype, torch.float32)
+        acc_dtype = torch.promote_types(logits.dtype, torch.float32)
         rows = max(1, CHUNK_LOGITS["cpu" if x.device.type == "cpu" else "gpu"] // len(weight))
-        loss_sum = torch.zeros((), dtype=exact, device=x.device)
+        loss_sum = torch.zeros((), dtype=acc_dtype, device=x.device)
         for chunk, t in zip(logits.split(rows), targets.split(rows), strict=True):
-            log_probs = chunk.log_softmax(-1, dtype=exact)
+            log_probs = chunk.log_softmax(-1, dtype=acc_dtype)
             loss_sum += F.nll_loss(log_probs, t, ignore_index=-1, reduction="sum")
             if needs_grad:
                 grad = log_probs.exp_()
@@ -109,7 +109,7 @@ class TokenLoss(torch.autograd.Function):
         if needs_grad:
             dx = logits @ weight.to(logits.dtype)
             dweight = logits.t() @ x.to(logits.dtype)
-            unscale = len(x) / GRAD_SCALE / n_targets.to(exact)
+            unscale = len(x) / GRAD_SCALE / n_targets.to(acc_dtype)
             ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype), unscale)
         return loss_sum / n_targets
 
@@ -120,10 +120,10 @@ class TokenLoss(torch.autograd.Function):
 
 
 def pack(model: nn.Module) -> None:
-    """Replace the modules of a model by plain functions, in place, for inference on a CPU.
+    """Replace a model's submodules with plain functions, in place, for inference on a CPU.
 
-    With a few rows per product, a third of a small model's time is spent calling modules. Of its
-    parameters only the embeddings' stay visible.
+    With small batches, calling modules takes a quarter of a small model's time. Afterwards only the
+    embeddings are registered parameters.
     """
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Embedding):
@@ -144,9 +144,9 @@ def pack(model: nn.Module) -> None:
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """F.linear with its weight in the layout that a CPU multiplies with a few rows fastest."""
+    """F.linear with its weight in the layout that is fastest for small batches on a CPU."""
     if weight.dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("avx512_bf16"):
-        # private operators of torch, for 1.5 times the speed of F.linear with one row
+        # private operators, because one sample is generated 1.5 times faster than with F.linear
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
     transposed = weight.t().contiguous()

@@ -1,9 +1,9 @@
-"""Text from a model: a key/value cache, one token at a time, many samples at once.
+"""Text generation with a key/value cache, many samples at a time.
 
     ids (T,) -> generate(): model(new tokens, cache) -> logits (B, V) -> sample_token() -> ids (B,)
         -> TextStream.add(id) -> text
 
-generate() is model.generate() made fast: each token is computed once.
+generate() does what model.generate() does, but computes each token once.
 """
 
 import codecs
@@ -24,28 +24,28 @@ from folio.fast import pack
 from folio.machine import available_memory, fast_dtype
 from model import GPT, GPTConfig, LanguageModel
 
-BFLOAT16_WIDTH = 256  # n_embd from which a CPU multiplies a few rows faster in bfloat16
-CHUNK_TOKENS = 32  # tokens generated per sample between looks at their text
+BFLOAT16_WIDTH = 256  # smallest n_embd for which bfloat16 is faster on a CPU with small batches
+CHUNK_TOKENS = 32  # tokens that are generated per sample before they are decoded
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
 @dataclass
 class Sampling:
-    # what is sampled
+    # sampling
     max_new_tokens: Annotated[int, "[1, 1e5]"] = 500  # length of a sample, in tokens
-    temperature: Annotated[float, "[0, inf)"] = 0.8  # 0: always the likeliest token
-    top_k: Annotated[int, "[1, inf)"] = 200  # draw from the k likeliest tokens only
-    top_p: Annotated[float, "(0, 1]"] = 1.0  # of these, from the fewest with this probability
+    temperature: Annotated[float, "[0, inf)"] = 0.8  # 0: greedy
+    top_k: Annotated[int, "[1, inf)"] = 200  # sample from the k most likely tokens
+    top_p: Annotated[float, "(0, 1]"] = 1.0  # and from the fewest of them with this probability
     stop: str = ""  # end a sample before this text; escapes as in the prompt
     seed: Annotated[int, "[0, inf)"] = 1337  # the same seed gives the same text
 
 
 class KVCache:
-    """Keys and values of the last `size` tokens of B texts, and each convolution's last inputs.
+    """Keys and values of the last `size` tokens of B texts, and the last inputs of convolutions.
 
-    Token i of a text is in slot i % size: once the cache is full, a new token replaces the oldest.
-    `length` counts the tokens so far; GPT.forward() advances it, after all layers. The texts may
-    start from one prompt, given as a batch of 1. The buffers are allocated at first use, in the
+    It is a ring buffer: token i of a text is in slot i % size. `length` is the number of tokens so
+    far; GPT.forward() advances it after the last layer, and setting it to 0 empties the cache. All
+    texts may share one prompt, given as a batch of 1. Buffers are allocated on first use, in the
     dtype that the model computes in.
     """
 
@@ -54,11 +54,11 @@ class KVCache:
         self.keys, self.values, self.conv_inputs = ([None] * config.n_layer for _ in range(3))
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v of new tokens; return the keys and values that these attend to.
+        """Store k and v of new tokens; return the keys and values that they attend to.
 
-        k and v are (B or 1, n_kv_head, T, head_dim); T is 1 unless the cache is empty. The result
-        is (B, n_kv_head, S, head_dim): the new tokens' own if they are the first, else all slots
-        in use. Their order does not matter to a single query.
+        k and v are (B or 1, n_kv_head, T, head_dim). If the cache is empty, T is at most `size`,
+        and k and v themselves are returned. Otherwise T is 1, and all slots in use are returned:
+        (B, n_kv_head, S, head_dim). Their order does not matter, since keys carry their positions.
         """
         T = k.shape[2]
         assert T == 1 or self.length == 0
@@ -74,7 +74,7 @@ class KVCache:
         return keys.narrow(2, 0, n_used), values.narrow(2, 0, n_used)
 
     def prepend(self, layer: int, x: Tensor, n: int) -> Tensor:
-        """x (B or 1, T, C) preceded by the n inputs before it, or by zeros: (B or 1, n + T, C)."""
+        """Prepend the previous n inputs to x (B or 1, T, C), or zeros if there are none."""
         if self.conv_inputs[layer] is None:
             self.conv_inputs[layer] = x.new_empty(self.B, n, x.shape[2])
         stored = self.conv_inputs[layer]
@@ -94,75 +94,76 @@ def generate(
     top_p: float = 1.0,
     n_ids: int | None = None,
 ) -> Iterator[Tensor]:
-    """Continue idx (B or 1, T) by N tokens, yielding the ids (B,) of each position in turn.
+    """Generate N tokens after idx (B or 1, T), yielding the ids (B,) of each position.
 
-    `uniforms` (B, N) in [0, 1) decide the draws, each row those of its own text. Ids from `n_ids`
-    on are never drawn. Up to block_size tokens the result is that of model.generate(). Beyond, a
-    model with rotary positions attends to the last block_size tokens in every layer; one with
-    learned positions has none left, and starts again from the newer half of the text.
+    `uniforms` (B, N) in [0, 1) are the random numbers for sampling, a row for each text. Ids from
+    `n_ids` on are never sampled. Up to block_size tokens the result is that of model.generate().
+    Beyond, a model with rotary positions attends to the last block_size tokens in every layer; one
+    with learned positions has no more of them, and restarts from the newer half of its context.
     """
     B, N = uniforms.shape
     block_size, rotary = model.config.block_size, model.config.rotary
     cache = KVCache(model.config, B, size=min(idx.shape[1] + N, block_size))
-    new = text = idx[:, -block_size:]  # the tokens that are not in the cache, and the last ones
+    context = idx[:, -block_size:].expand(B, -1)  # the last tokens; without rotary positions alone
+    new_ids = idx[:, -block_size:]  # those that are not in the cache yet
     for u in uniforms.to(idx.device).unbind(1):
         if cache.length == cache.size and not rotary:
             cache.length = 0
-            new = text[:, -max(1, cache.size // 2) :]
-        logits, _ = model.forward(new, cache=cache)  # forward: compiled code wants one shape
+            new_ids = context[:, -max(1, cache.size // 2) :]
+        logits, _ = model.forward(new_ids, cache=cache)  # not compiled: T varies
         logits = logits[:, -1, :n_ids].expand(B, -1)
         ids = sample_token(logits, u, temperature, top_k, top_p)
         yield ids
-        new = ids[:, None]
-        text = torch.cat((text[:, -block_size:].expand(B, -1), new), dim=1)
+        new_ids = ids[:, None]
+        if not rotary:
+            context = torch.cat((context[:, -block_size:], new_ids), dim=1)
 
 
 def sample_token(
     logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float
 ) -> Tensor:
-    """Draw ids (B,) from logits (B, V) by u (B,) in [0, 1); at temperature 0 take the likeliest.
+    """Sample ids (B,) from logits (B, V), using u (B,) in [0, 1); temperature 0 is greedy.
 
-    top_k leaves the k likeliest ids (Fan et al. 2018), top_p the fewest of these whose
+    top_k keeps the k most likely ids (Fan et al. 2018), top_p the fewest of these whose
     probabilities sum to p (Holtzman et al. 2020).
     """
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is None or top_k >= logits.shape[-1]:
         return inverse_cdf(token_probs(logits, temperature, top_p), u)
-    top_ids = logits.topk(top_k, sorted=False).indices.sort().values
+    top_ids = logits.topk(top_k, sorted=False).indices.sort().values  # ordered as without top_k
     index = inverse_cdf(token_probs(logits.gather(-1, top_ids), temperature, top_p), u)
     return top_ids.gather(-1, index[:, None])[:, 0]
 
 
 def token_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """softmax(logits / temperature), (B, V), with the tail beyond top_p set to 0; not normalized.
+    """softmax(logits / temperature), (B, V), with the tail beyond top_p set to 0.
 
-    At least one id keeps its probability.
+    The rest is not normalized again. At least one id remains.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # the largest logit becomes 0, so that it survives a division by any temperature
+    # the largest logit becomes 0, which can be divided by any temperature
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         ranked, order = probs.sort(descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked  # the probability of all likelier ids
-        keep = (before < top_p).scatter(-1, order, before < top_p)
-        probs = probs.where(keep, 0)
+        keep = ranked.cumsum(-1) - ranked < top_p  # the probability of all likelier ids
+        probs = probs.where(torch.zeros_like(keep).scatter(-1, order, keep), 0)
     return probs
 
 
 def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
-    """The ids (B,) at which the cumulative sum of probs (B, V) exceeds u (B,) of its total."""
-    exact = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no float64
-    cdf = probs.cumsum(-1, dtype=exact)
-    ids = torch.searchsorted(cdf, u[:, None].to(exact) * cdf[:, -1:], right=True).squeeze(-1)
-    return ids.where(ids < probs.shape[-1], probs.argmax(-1))  # u rounded up to 1
+    """The first ids (B,) at which the cumulative probs (B, V) exceed u (B,) of their total."""
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no float64
+    cdf = probs.cumsum(-1, dtype=dtype)
+    ids = torch.searchsorted(cdf, u[:, None].to(dtype) * cdf[:, -1:], right=True).squeeze(-1)
+    return ids.where(ids < probs.shape[-1], probs.argmax(-1))  # if u was rounded up to 1
 
 
 def prepare_for_sampling(model: LanguageModel, dtype: str = "auto") -> None:
-    """Bring a model, in place, into the dtype and the layout in which it generates fastest.
+    """Convert a model, in place, to the dtype and the layout in which it generates fastest.
 
-    "auto" is bfloat16 where the device multiplies it faster, float32 elsewhere.
+    "auto" is bfloat16 where that is faster, float32 elsewhere.
     """
     device = next(model.parameters()).device
     if dtype == "auto":
@@ -170,8 +171,8 @@ def prepare_for_sampling(model: LanguageModel, dtype: str = "auto") -> None:
         faster = isinstance(model, GPT) and wide and fast_dtype(device) == "bfloat16"
         dtype = "bfloat16" if faster else "float32"
     if dtype == "bfloat16" and isinstance(model, GPT):
-        # Subtracting the mean shifts all logits alike, so no draw changes. It keeps them near 0,
-        # where bfloat16 is fine enough; GPT-2's are near -100.
+        # Subtracting the mean shifts all logits alike, which changes no probability. They are near
+        # 0 then, where bfloat16 is precise enough; GPT-2's are near -100.
         head = model.lm_head.weight.detach()
         model.lm_head.weight = nn.Parameter(head - head.mean(0))
     model.to(getattr(torch, dtype))
@@ -183,13 +184,15 @@ def prepare_for_sampling(model: LanguageModel, dtype: str = "auto") -> None:
 
 
 def unescape(text: str) -> str:
-    r"""Replace \n, \t, \r and \\ by the characters that they stand for."""
+    r"""Replace the escapes \n, \t, \r and \\."""
     return re.sub(r"\\[ntr\\]", lambda match: ESCAPES[match[0]], text)
 
 
 def encode_prompt(tok: Tokenizer, prompt: str, seed: int) -> np.ndarray:
-    """The ids (T,) of a prompt. An empty one becomes a single id to start from: the end-of-text
-    token, else a newline, else one drawn by `seed`. UserError for an unknown character."""
+    """Return the ids (T,) of a prompt; raises UserError for an unknown character.
+
+    An empty prompt becomes one id: end-of-text, else a newline, else a random one, by `seed`.
+    """
     if prompt:
         try:
             prompt.encode()
@@ -207,13 +210,13 @@ def encode_prompt(tok: Tokenizer, prompt: str, seed: int) -> np.ndarray:
 def batches(
     model: LanguageModel, n_prompt: int, num_samples: int, max_new_tokens: int
 ) -> Iterator[range]:
-    """range(num_samples) in parts that fit into a quarter of the memory, generated together."""
+    """Split range(num_samples) into batches that fit into a quarter of the memory."""
     c, n_tokens = model.config, n_prompt + max_new_tokens
-    elements = 8 * c.vocab_size  # logits, and what drawing from them takes
+    elements = 8 * c.vocab_size  # logits and what sampling makes of them
     if isinstance(model, GPT):
         kv_width = 2 * c.n_layer * c.n_embd * (c.n_kv_head or c.n_head) // c.n_head
         elements += min(n_tokens, c.block_size) * (kv_width + 16 * c.n_embd)
-    bytes_per_sample = 4 * elements + 40 * max_new_tokens  # the latter for draws and ids
+    bytes_per_sample = 4 * elements + 40 * max_new_tokens  # the latter for random numbers and ids
     available = available_memory(next(model.parameters()).device) or 2**32
     size = max(1, available // 4 // bytes_per_sample)
     for first in range(0, num_samples, size):
@@ -229,11 +232,11 @@ def generate_texts(
     on_chunk: "Callable[[list[TextStream]], None]",
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> "list[TextStream]":
-    """Continue ids (T,) by the samples of these numbers, together; return their finished texts.
+    """Generate the samples of these numbers after ids (T,), as one batch; return their texts.
 
-    `on_chunk` is called with them after every chunk_tokens tokens and at the end; it may raise.
-    Each sample has its own random numbers, by the seed and its own number, so that sample 7 is the
-    same among 10 or 1000, but for rounding.
+    `on_chunk` is called with the texts after every chunk_tokens tokens and at the end; it may
+    raise. The random numbers of a sample depend on the seed and its number only, so that sample 7
+    is the same among 10 or 1000, up to rounding.
     """
     n, seed = sampling.max_new_tokens, sampling.seed
     streams = [TextStream(tok, sampling.stop) for _ in samples]
@@ -261,7 +264,7 @@ def generate_texts(
 
 
 class TextStream:
-    """Turns ids into text as they come: whole characters only, and nothing from `stop` on."""
+    """Decodes ids as they come: complete characters only, and nothing from `stop` on."""
 
     def __init__(self, tok: Tokenizer, stop: str = ""):
         self.tok, self.stop, self.ids, self.ended = tok, stop, [], False
@@ -269,7 +272,7 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, i: int) -> None:
-        """Append one id; after the end of the text it is ignored."""
+        """Append an id; ignored after the end of the text."""
         if self.ended:
             return
         self.ids.append(i)
@@ -286,13 +289,13 @@ class TextStream:
         self._held_back = text[end:]
 
     def finish(self) -> None:
-        """End the text: what was held back belongs to it."""
+        """End the text, which includes what was held back."""
         if not self.ended:
             self.ended = True
             self._ready.append(self._held_back + self._utf8.decode(b"", final=True))
 
     def take(self) -> str:
-        """The text that has become final since the last call."""
+        """Return the text that became final since the last call."""
         text = "".join(self._ready)
         self._ready.clear()
         return text

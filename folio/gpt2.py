@@ -1,8 +1,8 @@
-"""GPT-2 in transformers' format: found by its name or in a folder, read, and written.
+"""GPT-2 in transformers' format: finding, reading and writing it.
 
-The tensors have the same names on both sides, after a "transformer." that may be there. The
-matrices of a block are stored transposed, as (in, out), because GPT-2 wrote its linear layers as
-convolutions of width 1.
+Tensors have the same names as ours, with or without the prefix "transformer.". The matrices of a
+block are stored transposed, as (in, out), because GPT-2 wrote its linear layers as convolutions of
+width 1.
 """
 
 import json
@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "model.safetensors")
 TRANSPOSED = {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
-SIZES = {  # our names: those in config.json
+SIZES = {  # our name: the name in config.json
     "n_layer": "n_layer",
     "n_head": "n_head",
     "n_embd": "n_embd",
@@ -33,7 +33,7 @@ SIZES = {  # our names: those in config.json
     "vocab_size": "vocab_size",
 }
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-FIXED = {  # what config.json may also set, with the only value that our model has
+FIXED = {  # other settings of config.json, with the only value that we support
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -48,40 +48,43 @@ FIXED = {  # what config.json may also set, with the only value that our model h
 
 
 def find_folder(name: str, cache_dir: str = "") -> Path | None:
-    """The folder with config.json and model.safetensors that `name` means; None if it is neither
-    such a folder nor one of NAMES.
+    """The folder with config.json and model.safetensors for `name`; None if it is neither such a
+    folder nor one of NAMES.
 
-    A model by name is downloaded once, into `cache_dir` or Hugging Face's usual cache.
+    One of NAMES is downloaded once, into `cache_dir` or Hugging Face's default cache.
     """
     if (Path(name) / "config.json").is_file():
         return Path(name)
     if name not in NAMES:
         return None
     try:
-        paths = [_from_hub(f"openai-community/{name}", file, cache_dir) for file in FILES]
+        folder, revision = None, None
+        for file in FILES:  # both of one revision, the one whose config.json is there
+            folder = _from_hub(f"openai-community/{name}", file, cache_dir, revision).parent
+            revision = folder.name
+        return folder
     except UserError as error:
         raise UserError(f"{error}; or give a folder with {name}'s {' and '.join(FILES)}") from None
-    return paths[0].parent
 
 
-def _from_hub(repo_id: str, file: str, cache_dir: str) -> Path:
+def _from_hub(repo_id: str, file: str, cache_dir: str, revision: str | None) -> Path:
     """The path of a file in the cache; it is downloaded if it is not there yet."""
-    from huggingface_hub import hf_hub_download  # here: few runs need it
+    from huggingface_hub import hf_hub_download  # here, because few runs need it
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    where = {"cache_dir": cache_dir or None, "endpoint": endpoint}
+    where = {"cache_dir": cache_dir or None, "endpoint": endpoint, "revision": revision}
     try:
         return Path(hf_hub_download(repo_id, file, local_files_only=True, **where))
     except LocalEntryNotFoundError:
         pass
     try:
-        requests.head(endpoint, timeout=TIMEOUT)  # without a network the library tries for 20 s
+        requests.head(endpoint, timeout=TIMEOUT)  # fails fast; offline the library tries for 20 s
         return Path(hf_hub_download(repo_id, file, **where))
     except requests.RequestException as error:
         reason = short_reason(error)
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] or type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(f"cannot download {file} of {repo_id} from {endpoint} ({reason})")
 
 
@@ -89,10 +92,10 @@ def _from_hub(repo_id: str, file: str, cache_dir: str) -> Path:
 
 
 def load(name: str, folder: Path) -> Checkpoint:
-    """The model in `folder` as a checkpoint; UserError if it cannot be used.
+    """The model in `folder` as a checkpoint; raises UserError if it cannot be used.
 
-    The weights are float32, on the CPU, and mapped from the file: what is not used is not read, and
-    a matrix that is stored transposed becomes a view.
+    The weights are float32, on the CPU, and memory-mapped: what is not used is not read, and a
+    matrix that is stored transposed becomes a view.
     """
     try:
         config = config_from_gpt2(json.loads((folder / "config.json").read_text("utf-8")))
@@ -109,7 +112,7 @@ def load(name: str, folder: Path) -> Checkpoint:
 
 
 def config_from_gpt2(theirs: dict) -> GPTConfig:
-    """GPTConfig from a config.json; ValueError names what our model does not have."""
+    """Convert a config.json to GPTConfig; raises ValueError for an unsupported setting."""
     if type(theirs) is not dict:
         raise ValueError("config.json is not a JSON object")
     for key, value in FIXED.items():
@@ -129,7 +132,7 @@ def config_from_gpt2(theirs: dict) -> GPTConfig:
 
 
 def tensors_from_gpt2(path: Path, config: GPTConfig) -> dict[str, Tensor]:
-    """The tensors under our names; ValueError for a missing, unknown or odd-shaped one."""
+    """Read the tensors; raises ValueError for a missing, unknown or wrong-shaped one."""
     tensors = {}
     with safe_open(path, "pt") as file:
         stored_names = file.keys()
@@ -141,7 +144,7 @@ def tensors_from_gpt2(path: Path, config: GPTConfig) -> dict[str, Tensor]:
         for stored_name in stored_names:
             name = stored_name.removeprefix("transformer.")
             if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", name):
-                continue  # the causal mask; the head, which is wte
+                continue  # the causal mask; the head, which shares wte
             if name not in shapes:
                 raise ValueError(f"unknown tensor {stored_name}")
             tensor = file.get_tensor(stored_name).float()
@@ -159,7 +162,7 @@ def tensors_from_gpt2(path: Path, config: GPTConfig) -> dict[str, Tensor]:
 
 
 def config_to_gpt2(config: GPTConfig) -> dict:
-    """The config.json of a model; ValueError names the parts that GPT-2 does not have."""
+    """Convert GPTConfig to a config.json; raises ValueError for parts that GPT-2 lacks."""
     gpt2 = GPTConfig()
     foreign = [
         f"{name}={getattr(config, name)}"
@@ -182,8 +185,7 @@ def config_to_gpt2(config: GPTConfig) -> dict:
 
 
 def tensors_to_gpt2(model: GPT) -> dict[str, Tensor]:
-    """A model's tensors under transformers' names and in its layout, with biases everywhere:
-    zeros for a model without."""
+    """A model's tensors with transformers' names and layout. Missing biases become zeros."""
     config, tensors = model.config, {}
     for name, p in model.named_parameters():
         kind, p = re.sub(r"h\.\d+\.", "", name), p.detach()

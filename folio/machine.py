@@ -1,6 +1,7 @@
-"""The device: which there is, what "auto" means on it, how much fits, and how torch is set up."""
+"""The device: its selection, what "auto" means on it, memory estimates, and torch's settings."""
 
 import ctypes
+import importlib.util
 import os
 import re
 import sys
@@ -14,12 +15,12 @@ from folio.fast import MATMUL_ATTENTION_BLOCK
 from model import GPT, GPTConfig, LanguageModel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
-REUSED_BYTES = 2**25  # freed buffers below this are reused; the most that M_MMAP_THRESHOLD takes
+REUSED_BYTES = 2**25  # malloc reuses freed buffers below this; the largest M_MMAP_THRESHOLD
 CGROUP_LIMITS = (  # a container's memory limit, in cgroup versions 2 and 1
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
-PEAK_FLOPS = {  # dense, in half precision, from the vendors' data sheets; the first match counts
+PEAK_FLOPS = {  # dense, in half precision, from the vendors' data sheets; the first match wins
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -35,7 +36,10 @@ PEAK_FLOPS = {  # dense, in half precision, from the vendors' data sheets; the f
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; for "auto" cuda, mps or cpu. UserError if it does not exist."""
+    """Return the device of that name; "auto" is the first of cuda, mps and cpu that exists.
+
+    Raises UserError if it does not exist.
+    """
     found = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -61,23 +65,32 @@ def find_device(name: str) -> torch.device:
 def fast_dtype(device: torch.device) -> str:
     """The dtype in which the device multiplies large matrices fastest."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (7, 0):  # no tensor cores
+            return "float32"
+        return "bfloat16" if capability >= (8, 0) else "float16"
     is_fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
     return "bfloat16" if is_fast else "float32"
 
 
 def resolve_machine(device: str, dtype: str, compile: bool | str) -> tuple[str, str, bool]:
-    """Replace each "auto" by what this machine does fastest; UserError for what it cannot do."""
+    """Replace each "auto" with the fastest choice; raises UserError for an impossible one.
+
+    Compiling needs Triton, which Windows and old GPUs lack.
+    """
     found = find_device(device)
     if dtype == "auto":
         dtype = fast_dtype(found)
     if dtype == "float16" and found.type != "cuda":
         raise UserError(f"dtype=float16 needs CUDA; use float32 or bfloat16 on {found.type}")
-    return str(found), dtype, found.type == "cuda" if compile == "auto" else compile
+    if compile == "auto":
+        compile = found.type == "cuda" and importlib.util.find_spec("triton") is not None
+        compile = compile and torch.cuda.get_device_capability(found) >= (7, 0)
+    return str(found), dtype, compile
 
 
 def setup_torch(device: str, dtype: str, deterministic: bool, threads: int | None = None) -> None:
-    """Set torch's global switches for a run; `threads` is the number that a resumed run used."""
+    """Set torch's global options for a run; `threads` is the number that a resumed run used."""
     if device == "cpu":
         reuse_freed_memory()
         if threads and "OMP_NUM_THREADS" not in os.environ:
@@ -91,9 +104,9 @@ def setup_torch(device: str, dtype: str, deterministic: bool, threads: int | Non
 def reuse_freed_memory() -> None:
     """Let glibc reuse freed buffers of less than REUSED_BYTES.
 
-    By default it returns every large buffer to the kernel, which has to clear the pages of the
-    next one. Reusing the largest too would waste memory: a few bytes allocated inside a freed
-    buffer would cost another one of its size.
+    By default it returns every large buffer to the kernel, which must zero the pages of the next
+    one. Reusing even larger ones would waste memory: a few bytes allocated inside a freed buffer
+    would make it useless for another one of its size.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -102,7 +115,7 @@ def reuse_freed_memory() -> None:
 
 
 def auto_micro_batch_size(batch_size: int, config: GPTConfig, device: str, dtype: str) -> int:
-    """The whole batch on a GPU; on a CPU as much of it as keeps a layer's activations reusable."""
+    """On a GPU the whole batch; on a CPU halved until a layer's activations fit REUSED_BYTES."""
     elements = config.block_size * max(4 * config.n_embd, attention_elements(config, device, dtype))
     bytes_per_sequence = elements * (4 if dtype == "float32" else 2)
     size = batch_size
@@ -112,47 +125,55 @@ def auto_micro_batch_size(batch_size: int, config: GPTConfig, device: str, dtype
 
 
 def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
-    """Attention weights of a layer that are kept for backward, per token."""
+    """Attention weights per token that a layer saves for backward."""
     materialized = device == "cpu" and dtype == "bfloat16"
     materialized = materialized and config.block_size <= MATMUL_ATTENTION_BLOCK
     return config.n_head * config.block_size if materialized else 0
 
 
-def memory_needed(model: LanguageModel, micro_batch_size: int, device: str, dtype: str) -> int:
-    """Bytes to train, roughly: weights, gradients and AdamW's moments; activations."""
+def memory_needed(
+    model: LanguageModel, micro_batch_size: int, device: str, dtype: str, training: bool = True
+) -> int:
+    """Rough number of bytes: of weights, gradients, AdamW's moments and activations to train, of
+    weights and logits to evaluate."""
     c, elements = model.config, model.activations_per_token()
-    if isinstance(model, GPT):
+    if not training:
+        elements = c.vocab_size
+    elif isinstance(model, GPT):
         elements += 2 * c.n_layer * attention_elements(c, device, dtype)
     activations = micro_batch_size * c.block_size * elements * (4 if dtype == "float32" else 2)
-    return 16 * model.n_params() + activations
+    return (16 if training else 4) * model.n_params() + activations
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes free on a GPU, or the memory of this machine; None if that is unknown."""
+    """Free bytes on a GPU, else the memory of this machine or container; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     sizes = []
     if hasattr(os, "sysconf"):  # not on Windows
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for limit in CGROUP_LIMITS:
-        with suppress(OSError, ValueError):  # there is none, or it is "max"
+        with suppress(OSError, ValueError):  # no such file, or "max"
             sizes.append(int(Path(limit).read_text()))
     return min(sizes, default=None)
 
 
-def check_memory(model: LanguageModel, micro_batch_size: int, device: str, dtype: str) -> None:
-    """Refuse what cannot fit in memory; what is close to the limit is let through."""
+def check_memory(
+    model: LanguageModel, micro_batch_size: int, device: str, dtype: str, training: bool
+) -> None:
+    """Raise UserError if this clearly does not fit in memory."""
     available = available_memory(torch.device(device))
-    needed = memory_needed(model, micro_batch_size, device, dtype)
+    needed = memory_needed(model, micro_batch_size, device, dtype, training)
     if available and needed > available:
+        what = "training" if training else "evaluation"
         raise UserError(
-            f"training needs about {needed / 2**30:,.0f} GiB and {device} has "
+            f"{what} needs about {needed / 2**30:,.0f} GiB and {device} has "
             f"{available / 2**30:,.0f}: use a smaller model, micro_batch_size or block_size"
         )
 
 
 def peak_flops(device: str) -> float | None:
-    """Operations per second that a GPU can do in half precision; None if unknown."""
+    """A GPU's peak FLOP/s in half precision; None if unknown."""
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,12 +1,12 @@
-"""What a run reports: metrics.csv, a progress bar or plain lines, loss.png, and boards on request.
+"""Logging: metrics.csv, the console, loss.png, TensorBoard, and Weights & Biases.
 
-metrics.csv has a row for every log and every evaluation. A cell is empty if nothing was measured:
+metrics.csv has a row for every log and every evaluation. A cell without a measurement is empty:
 
     iter_num, tokens               updates made, tokens trained on
     lr, loss, grad_norm            of the last update; loss in nats per token
-    train_loss, val_loss           of an evaluation, nats per token
-    val_bits_per_byte              the same per byte of text, which compares tokenizers
-    tokens_per_second, mfu         since the last log; MFU where the device's peak is known
+    train_loss, val_loss           of an evaluation, in nats per token
+    val_bits_per_byte              validation loss in bits per byte, comparable across tokenizers
+    tokens_per_second, mfu         since the last log; MFU if the device's peak is known
     train_seconds, wall_seconds    without and with evaluation, saving and compilation
 
 TensorBoard and Weights & Biases get the same numbers under the same names.
@@ -16,7 +16,6 @@ import csv
 import html
 import importlib.util
 import os
-import re
 import sys
 import time
 import warnings
@@ -33,13 +32,12 @@ COLUMNS = (
     "iter_num,tokens,lr,loss,grad_norm,train_loss,val_loss,val_bits_per_byte,"
     "tokens_per_second,mfu,train_seconds,wall_seconds"
 ).split(",")
-NUMBER = re.compile(r"-?[0-9.]+(e[+-]?[0-9]+)?|nan|-?inf")
 
 
 class Clock:
-    """Measures training and wall time, from what an earlier part of the run took.
+    """Measures training time and wall time, on top of those of a run that is resumed.
 
-    Training time stands still between stop() and start(), for evaluation, saving and compilation.
+    Training time is paused between stop() and start(), for evaluation, saving and compilation.
     """
 
     def __init__(self, device: str, train_seconds: float = 0.0, wall_seconds: float = 0.0):
@@ -56,14 +54,14 @@ class Clock:
         self._started = None
 
     def read(self) -> tuple[float, float]:
-        """Seconds of training and in all, up to now."""
+        """Seconds of training and of wall time, up to now."""
         now = time.perf_counter()
         running = 0.0 if self._started is None else now - self._started
         return self._train_seconds + running, now - self._wall_start
 
 
 class Log:
-    """Writes metrics.csv, and reports on a terminal with a progress bar, elsewhere in lines."""
+    """Writes metrics.csv, and a progress bar on a terminal or plain lines elsewhere."""
 
     def __init__(
         self,
@@ -74,7 +72,7 @@ class Log:
         max_iters: int,
         boards: "list[TensorBoard | WandB]",
     ):
-        """Continue from there; rows beyond `iter_num`, left by a run that was killed, are cut."""
+        """Continue at `iter_num`; later rows, written before a kill, are removed."""
         self._boards = boards
         self._path = path = out_dir / "metrics.csv"
         self._previous = tokens, train_seconds
@@ -105,13 +103,13 @@ class Log:
             board.close()
 
     def tokens_per_second(self, tokens: int, train_seconds: float) -> float:
-        """The speed since the last call."""
+        """The speed since the previous call."""
         previous_tokens, previous_seconds = self._previous
         self._previous = tokens, train_seconds
         return (tokens - previous_tokens) / (train_seconds - previous_seconds)
 
     def write(self, **row: int | float | None) -> None:
-        """Append a row; None is an empty cell."""
+        """Append a row; None becomes an empty cell."""
         with _name_file(self._path):
             self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
             self._file.flush()
@@ -120,14 +118,14 @@ class Log:
             board.write(measured)
 
     def add_samples(self, iter_num: int, texts: Iterable[str]) -> None:
-        """Print generated texts, and pass them to the boards."""
+        """Print generated texts, and pass them on."""
         for text in texts:
             print_line(f"--- sample at iteration {iter_num:,}\n{text}")
             for board in self._boards:
                 board.add_sample(iter_num, text)
 
     def show_status(self, iter_num: int, text: str) -> None:
-        """Show where the run is: in the progress bar, or on a line if there is none."""
+        """Show the state of the run, in the progress bar or else on a line."""
         if self.bar.disable:
             print_line(f"iter {iter_num:,}: {text}")
         else:
@@ -135,14 +133,14 @@ class Log:
 
 
 def print_line(text: str) -> None:
-    """Print a line that stays, above the progress bar if there is one."""
+    """Print a line without breaking the progress bar."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 @contextmanager
 def _name_file(path: Path) -> Iterator[None]:
-    """Have an OSError say which file it was."""
+    """Add the file's name to an OSError."""
     try:
         yield
     except OSError as error:
@@ -159,7 +157,7 @@ class TensorBoard:
     def __init__(self, out_dir: Path, iter_num: int, options: dict):
         from torch.utils.tensorboard import SummaryWriter
 
-        # a resumed run's curves continue; events beyond its checkpoint are hidden
+        # events after the checkpoint that a run resumes from are hidden
         resumed_from = iter_num + 1 if iter_num else None
         self._writer = SummaryWriter(out_dir / "tensorboard", purge_step=resumed_from)
         rows = [f"| {name} | {value} |" for name, value in options.items()]
@@ -170,7 +168,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, row["iter_num"])
 
     def add_sample(self, iter_num: int, text: str) -> None:
-        code_block = "".join(f"    {line}\n" for line in text.split("\n"))  # shown as it is
+        code_block = "".join(f"    {line}\n" for line in text.split("\n"))
         self._writer.add_text("sample", code_block, iter_num)
 
     def close(self) -> None:
@@ -213,7 +211,7 @@ class WandB:
 def open_boards(
     out_dir: Path, iter_num: int, run_id: str, options: dict
 ) -> list[TensorBoard | WandB]:
-    """The boards that a run's options ask for."""
+    """Open the boards that the options ask for."""
     boards = []
     if options["tensorboard"]:
         boards.append(TensorBoard(out_dir, iter_num, options))
@@ -224,7 +222,7 @@ def open_boards(
 
 
 def check_boards(options: dict) -> None:
-    """UserError if a board's package is not installed."""
+    """Raise UserError if the package of a board is not installed."""
     for package in ("tensorboard", "wandb"):
         if options[package] and importlib.util.find_spec(package) is None:
             raise UserError(f"--{package} needs the package {package}: pip install {package}")
@@ -234,21 +232,29 @@ def check_boards(options: dict) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; lines that a kill cut short, or that are no rows, are left out."""
+    """Read a metrics.csv, without incomplete and malformed lines."""
     if not path.exists():
         return []
     rows = []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for line in file:
-            row = dict(zip(COLUMNS, values := line.rstrip("\n").split(","), strict=False))
-            complete = len(values) == len(COLUMNS) and row["iter_num"].isdecimal() and values[-1]
-            if complete and all(not v or NUMBER.fullmatch(v) for v in values):
-                rows.append(row)
+            values = line.rstrip("\r\n").split(",")
+            complete = line.endswith("\n") and len(values) == len(COLUMNS) and values[-1]
+            if complete and values[0].isdecimal() and all(not v or _is_number(v) for v in values):
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
+
+
 def plot_losses(out_dir: Path, bigram_loss: float) -> None:
-    """Draw a run's metrics.csv as its loss.png; `bigram_loss` in nats per token is a baseline."""
+    """Plot a run's metrics.csv to its loss.png, with `bigram_loss` (nats per token) as baseline."""
     with _figure(out_dir / "loss.png", out_dir.name) as axes:
         rows = read_metrics(out_dir / "metrics.csv")
         _plot(axes, rows, "loss", color="0.75", label="training, each batch")
@@ -259,7 +265,7 @@ def plot_losses(out_dir: Path, bigram_loss: float) -> None:
 
 
 def plot_runs(out_dirs: list[Path], path: Path) -> None:
-    """Draw the validation losses of several runs, and their training losses faintly, as `path`."""
+    """Plot the validation losses of several runs, and faintly their training losses, to `path`."""
     with _figure(path, "validation loss") as axes:
         for i, out_dir in enumerate(out_dirs):
             rows = read_metrics(out_dir / "metrics.csv")
@@ -270,7 +276,7 @@ def plot_runs(out_dirs: list[Path], path: Path) -> None:
 
 @contextmanager
 def _figure(path: Path, title: str) -> Iterator:
-    """Axes for losses over updates, which are saved as `path`, atomically, when all is drawn."""
+    """Axes for losses over updates; on exit the figure is saved to `path`, atomically."""
     from matplotlib.figure import Figure  # here: it takes half a second
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -281,8 +287,8 @@ def _figure(path: Path, title: str) -> Iterator:
     axes.legend()
     temporary = path.with_name(path.name + ".partial")
     with _name_file(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a character of the title has no glyph
-        figure.savefig(temporary, dpi=120, format="png")
+        warnings.simplefilter("ignore", UserWarning)  # the font may lack a glyph
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")
     os.replace(temporary, path)
 
 
@@ -297,7 +303,7 @@ def _printable(text: str) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration as people say it: 45 s, 12 min, 3.5 h."""
+    """Format a duration as 45 s, 12 min or 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

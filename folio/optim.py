@@ -1,11 +1,11 @@
-"""The optimizers, AdamW and Muon, the learning rate's schedule, and the watch for divergence.
+"""AdamW and Muon, the learning rate schedule, and the detection of divergence.
 
-Muon is momentum, made orthogonal, for the weight matrices of the blocks:
+Muon orthogonalizes the momentum of each weight matrix in the blocks:
 
     gradient (m, n) -> momentum = U S V^T -> five Newton-Schulz iterations -> about U V^T -> weights
 
-An update is about equally large in every direction that the gradient has. AdamW looks at one
-element at a time, so that the few largest directions rule (Jordan et al. 2024,
+So the update is about equally large in every singular direction of the momentum. AdamW scales each
+element on its own, and a few directions dominate (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon/).
 """
 
@@ -28,15 +28,15 @@ def get_lr(
     warmup_iters: int,
     lr_decay_iters: int,
 ) -> float:
-    """The learning rate of update `iter_num`: linear warm-up, then down to min_lr as scheduled."""
+    """The learning rate of update `iter_num`: linear warm-up, then decay to min_lr."""
     if iter_num < warmup_iters:
         return learning_rate * (iter_num + 1) / (warmup_iters + 1)
     if schedule == "constant":
         return learning_rate
     decay_iters = lr_decay_iters - warmup_iters
-    done = min(1.0, (iter_num - warmup_iters) / decay_iters) if decay_iters > 0 else 1.0
-    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
-    return min_lr + left * (learning_rate - min_lr)
+    t = min(1.0, (iter_num - warmup_iters) / decay_iters) if decay_iters > 0 else 1.0
+    decay = 0.5 * (1 + math.cos(math.pi * t)) if schedule == "cosine" else 1 - t
+    return min_lr + decay * (learning_rate - min_lr)
 
 
 def make_optimizers(
@@ -49,7 +49,7 @@ def make_optimizers(
     weight_decay: float,
     muon_dtype: torch.dtype,
 ) -> list[torch.optim.Optimizer]:
-    """Fused AdamW for all parameters, or for all but the blocks' matrices, which Muon takes.
+    """Fused AdamW for all parameters; with Muon, for all but the weight matrices of the blocks.
 
     Matrices and embeddings decay; biases and the weights of LayerNorms and convolutions do not.
     """
@@ -67,7 +67,7 @@ def make_optimizers(
         betas=(beta1, beta2),
         fused=True,
     )
-    for p in params.values():  # as the first step would, so that it can be saved or restored now
+    for p in params.values():  # created now, not in the first step, so that it can be restored
         adamw.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p),
@@ -75,7 +75,7 @@ def make_optimizers(
         }
     if not matrices:
         return [adamw]
-    # c_attn is split into values, keys, and queries, the latter in pieces as tall as the keys
+    # c_attn is split into queries, keys and values, and queries into pieces as tall as the keys
     c = model.config
     n_pieces = [
         c.n_head // (c.n_kv_head or c.n_head) + 2 if name.endswith("c_attn.weight") else 1
@@ -86,12 +86,12 @@ def make_optimizers(
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with matrices of one shape, or its transpose, iterated on together.
+    """torch.optim.Muon, with matrices of the same shape (or its transpose) processed as one batch.
 
-    `n_pieces` says into how many matrices each parameter is split along its rows: 3 if it makes
-    queries, keys and values at once. Each piece is orthogonalized on its own, in products of
-    `dtype`. A piece must not be taller than wide unless it is the only one. As with fused AdamW, a
-    step changes nothing where the tensor `found_inf` is 1.
+    `n_pieces` is the number of row blocks of each parameter: 3 if it computes queries, keys and
+    values at once. Each block is orthogonalized on its own, in `dtype`. A block must not be taller
+    than wide unless it is the only one. As with fused AdamW, step() does nothing where the tensor
+    `found_inf` is 1.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Muon(torch.optim.Optimizer):
             for (p, _), part in zip(members, momenta.split(counts), strict=True):
                 part = part.flatten(0, 1)  # a view, so that a restored state is in the stack
                 self.state[p]["momentum_buffer"] = part if part.shape == p.shape else part.t()
-            # without this, the more rows than columns, the less would each change
+            # tall matrices are scaled up, or their updates would be smaller
             scales = [
                 max(1, p.shape[0] / n / p.shape[1]) ** 0.5 for p, n in members for _ in range(n)
             ]
@@ -144,12 +144,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def _wide_pieces(matrix: Tensor, n: int) -> list[Tensor]:
-    """Its n pieces, transposed if they are taller than wide."""
+    """The n row blocks of a matrix, transposed if they are taller than wide."""
     return [m if m.shape[0] <= m.shape[1] else m.t() for m in matrix.chunk(n)]
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """x (N, m, n), m <= n, with the singular values of each matrix brought near 1, in `dtype`."""
+    """Orthogonalize each matrix of x (N, m, n), m <= n, approximately, in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = x.to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -159,19 +159,19 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return x
 
 
-class DivergenceWatch:
-    """Remembers, on the device, the first update whose loss or gradient was not finite.
+class DivergenceGuard:
+    """Records, on the device, the first update whose loss or gradient was not finite.
 
-    From then on every update is to be skipped, which needs no look by the host. `ignore_norm`: a
-    gradient that overflows float16 is no divergence; its update alone is skipped.
+    That update and all later ones are skipped, without the host waiting for the device. With
+    `ignore_norm` a gradient that is not finite skips its own update only: float16 overflows.
     """
 
     def __init__(self, device: str, ignore_norm: bool):
         self._first = torch.zeros(5, device=device)  # diverged?, iter_num, loss, norm, lr
         self._ignore_norm = ignore_norm
 
-    def observe(self, iter_num: int, loss: Tensor, norm: Tensor, lr: float) -> Tensor:
-        """Look at an update; return 1.0 if it is to be skipped, else 0.0."""
+    def check(self, iter_num: int, loss: Tensor, norm: Tensor, lr: float) -> Tensor:
+        """Check an update; return 1.0 if it is to be skipped, else 0.0."""
         bad = ~loss.isfinite() if self._ignore_norm else ~(loss + norm).isfinite()
         iter_num, lr = torch.full_like(loss, iter_num), torch.full_like(loss, lr)
         latest = torch.stack([bad, iter_num, loss, norm, lr])
@@ -179,12 +179,12 @@ class DivergenceWatch:
         return torch.maximum(self._first[0], (~norm.isfinite()).float())
 
     def first(self) -> tuple[bool, int, float, float, float]:
-        """Has it diverged? And the iter_num, loss, gradient norm and lr of the first such update,
-        else of the last one. Waits for the device."""
+        """(diverged, iter_num, loss, gradient norm, lr) of the first update that was not finite,
+        or of the last one. Waits for the device."""
         diverged, iter_num, loss, norm, lr = self._first.tolist()
         return diverged > 0, int(iter_num), loss, norm, lr
 
     def skip_all(self, skip: bool) -> None:
-        """Have all following updates skipped, or forget what was seen."""
+        """Skip all following updates, or start anew."""
         self._first.zero_()
         self._first[0] = float(skip)

@@ -1,18 +1,18 @@
-"""Options: a dataclass of defaults, then recipes and --key=value from the command line.
+"""Options: the defaults of a dataclass, overridden by recipes and --key=value.
 
     python train.py config/shakespeare_char.py --batch_size=32 --compile
 
-Each script declares its options as one flat dataclass. A field's type is its check:
+Each script declares its options as one flat dataclass. The type of a field defines its check:
 
     n_layer: Annotated[int, "[1, inf)"] = 12               a whole number in that interval
     schedule: Literal["cosine", "linear"] = "cosine"       one of these
     compile: Literal["auto", True, False] = "auto"         one of these; --compile alone is True
     input: tuple[str, ...] = ()                            all words up to the next --option
 
-Arguments apply from left to right, over the defaults. A word that ends in .py is a recipe: a
-Python file whose plain assignments are options. Recipes are the user's own code and are run;
-everything else that Folio reads is data. This is our own and not argparse, for the sake of
-recipes, of ranges, and of errors that name the right option.
+Arguments apply from left to right; later ones win. An argument that ends in .py is a recipe: a
+Python file whose plain assignments are options. Recipes are the user's own code and are executed;
+everything else that Folio reads is data. argparse has no recipes, no ranges, and does not suggest
+the right option for a wrong one.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ def read_options(
     positional: tuple[str, ...] = (),
     hints: dict[str, str] | None = None,
 ) -> tuple[dict[str, object], list[str]]:
-    """Return what `argv` sets, as {option: value} in the order set, and the recipes in it.
+    """Parse `argv` into {option: value}, in the order of setting, and the recipes that it names.
 
-    `positional` names the options that words without dashes set, one after another. `hints` says,
-    for names that other trainers use, what to write here. --help prints the script's page and
-    exits. UserError for an unknown option or a value out of range.
+    Arguments without dashes set the `positional` options in turn. `hints` maps option names of
+    other trainers to advice. --help prints the script's help and exits. Raises UserError for an
+    unknown option or a value out of range.
     """
     types_of = typing.get_type_hints(cls, include_extras=True)
     values, recipes = {}, []
@@ -49,7 +49,7 @@ def read_options(
         if name not in types_of:
             hint = _suggest(name, types_of, hints)
             raise UserError(f"{source}: unknown option {name!r}; {hint}")
-        values.pop(name, None)  # so that the order is that of the last settings
+        values.pop(name, None)  # the order is that of the last assignment
         values[name] = _check(name, value, types_of[name], source)
 
     words, unfilled = list(argv), list(positional)
@@ -81,28 +81,26 @@ def read_options(
             recipes.append(word)
         elif unfilled and not word.startswith("-"):
             name = unfilled[0]
-            if types_of[name] == WORDS:  # it takes all that are left
+            if types_of[name] == WORDS:  # takes all remaining words
                 put(name, (*values.get(name, ()), word), "command line")
             else:
                 put(unfilled.pop(0), _parse(word, types_of[name]), "command line")
         else:
             raise UserError(
-                f"command line: cannot read {word!r}; "
+                f"command line: unexpected argument {word!r}; "
                 "options are written --name=value, and recipes end in .py"
             )
     return values, recipes
 
 
 def build_options(cls: type, values: dict[str, object], source: str = "options"):
-    """Return `cls(**values)`, each value checked; UserError for one that does not fit."""
+    """Return `cls(**values)` with every value checked; raises UserError for an invalid one."""
     types_of = typing.get_type_hints(cls, include_extras=True)
     if unknown := values.keys() - types_of:
         raise UserError(f"{source}: unknown option {min(unknown)!r}")
     try:
         return cls(**{k: _check(k, v, types_of[k], source) for k, v in values.items()})
-    except UserError:
-        raise
-    except ValueError as error:  # __post_init__ refuses a combination
+    except ValueError as error:  # __post_init__ rejects a combination
         raise UserError(error) from None
 
 
@@ -113,7 +111,7 @@ def _run_recipe(path: str) -> dict[str, object]:
         raise UserError(f"no recipe {path}; known recipes: {', '.join(known) or 'none here'}")
     try:
         names = runpy.run_path(path)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         frames = [f for f in inspect.getinnerframes(error.__traceback__) if f.filename == path]
         line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
@@ -138,7 +136,7 @@ def _is_literal(hint: object) -> bool:
 
 
 def _parse(text: str, hint: object) -> object:
-    """Convert a word of the command line to the type of its option; _check judges the result."""
+    """Convert an argument to the type of its option; _check validates the result."""
     for choice in _choices(hint):
         if text.lower() == str(choice).lower():
             return choice
@@ -147,12 +145,12 @@ def _parse(text: str, hint: object) -> object:
         try:
             return base(text)
         except ValueError:
-            pass  # _check says what it should have been
+            pass  # _check reports it
     return text
 
 
 def _check(name: str, value: object, hint: object, source: str) -> object:
-    """Return `value`, an int converted to float if need be; UserError if it does not fit."""
+    """Return `value`, converted from int to float if needed; raises UserError if invalid."""
     if type(None) in typing.get_args(hint):  # Optional, in what a checkpoint stores
         if value is None:
             return None
@@ -193,7 +191,7 @@ def _suggest(name: str, types_of: dict, hints: dict[str, str] | None) -> str:
 
 
 def options_help(cls: type) -> str:
-    """The options as they are declared and commented, a line each."""
+    """One line per option, from the declarations and comments of the dataclass."""
     lines = []
     types_of = typing.get_type_hints(cls)
     for base in reversed(cls.__mro__[:-1]):

@@ -1,4 +1,4 @@
-"""A script as a process: exit codes, errors on one line, and signals that stop a run cleanly."""
+"""Scripts as processes: exit codes, errors on one line, and signals that stop a run cleanly."""
 
 import errno
 import functools
@@ -12,7 +12,7 @@ from types import FrameType
 
 from data.errors import UserError
 
-USER_ERRNOS = {  # a path that cannot be right; a full or broken disk is not among these
+USER_ERRNOS = {  # bad paths, as opposed to a full or failing disk
     errno.ENOENT,
     errno.EEXIST,
     errno.EISDIR,
@@ -26,32 +26,31 @@ USER_ERRNOS = {  # a path that cannot be right; a full or broken disk is not amo
 
 
 def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], int]:
-    """Wrap a script's `main(argv)` so that it returns an exit code and errors take one line.
+    """Wrap a script's `main(argv)` so that it returns an exit code and prints errors on one line.
 
-    0: done; 2: a mistake of the user's; 1: the machine failed; 130 and 143: SIGINT and SIGTERM,
-    after cleaning up.
+    0: done; 1: system error; 2: user error; 130 and 143: SIGINT and SIGTERM, after cleaning up.
     """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-            if getattr(sys, name) is None:  # closed, as cron may leave it
+            if getattr(sys, name) is None:  # closed, for example by cron
                 setattr(sys, name, open(os.devnull, mode))
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a notebook's cannot, and need not
-                stream.reconfigure(errors="replace")  # a narrow encoding must not end a run
+            if hasattr(stream, "reconfigure"):  # not in a notebook
+                stream.reconfigure(errors="replace")  # no encoding error may end a run
         with _sigterm_exits():
             try:
                 return main(sys.argv[1:] if argv is None else argv) or 0
             except UserError as error:
                 message, code = error, 2
-            except BrokenPipeError:  # the reader left, as in `python sample.py | head`
+            except BrokenPipeError:  # the reader closed the pipe, as in `sample.py | head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 1
             except (OSError, MemoryError) as error:
                 message = str(error) or "out of memory"
                 code = 2 if getattr(error, "errno", None) in USER_ERRNOS else 1
-            except RuntimeError as error:  # torch raises no MemoryError
+            except RuntimeError as error:  # torch does not raise MemoryError
                 if not re.search("out of memory|allocate memory", str(error)):
                     raise
                 message, code = "out of memory", 1
@@ -64,8 +63,8 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
 
 
 class SignalHandlers:
-    """Within it these signals call `handler`. In a thread, where Python allows none, it does
-    nothing."""
+    """A context manager that installs `handler`. Outside the main thread, where Python does not
+    allow it, nothing is installed."""
 
     def __init__(self, signals: list[signal.Signals], handler: Callable[[int, FrameType], None]):
         self._signals, self._handler, self._previous = signals, handler, {}
@@ -77,21 +76,21 @@ class SignalHandlers:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _sigterm_exits() -> SignalHandlers:
-    """SIGTERM raises SystemExit, so that `finally` blocks clean up."""
+    """SIGTERM raises SystemExit(143), so that `finally` blocks clean up."""
     return SignalHandlers([signal.SIGTERM], lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class Stopped(Exception):
-    """A signal came during work that can be repeated when the run is resumed."""
+    """A signal interrupted work that is repeated when the run is resumed."""
 
 
 class StopSignals(SignalHandlers):
-    """Within it SIGINT, SIGTERM and SIGHUP interrupt nothing. `caught` is the last one that came;
-    the training loop looks at it."""
+    """A context manager in which SIGINT, SIGTERM and SIGHUP only set `caught`, which the training
+    loop polls."""
 
     def __init__(self):
         signals = [signal.SIGINT, signal.SIGTERM]
@@ -105,6 +104,6 @@ class StopSignals(SignalHandlers):
         self.caught = signal.Signals(number)
 
     def check(self, *_: object) -> None:
-        """Raise Stopped once a signal has come."""
+        """Raise Stopped if a signal was received."""
         if self.caught:
             raise Stopped

@@ -1,4 +1,4 @@
-"""The state of a training run: built from options and a checkpoint, evaluated, saved, restored."""
+"""The state of a training run: built from options and a checkpoint, evaluated, saved, resumed."""
 
 import math
 import re
@@ -20,13 +20,13 @@ from folio.batch import split_loss
 from folio.checkpoint import Checkpoint
 from folio.generation import Sampling, batches, encode_prompt, generate_texts, unescape
 from folio.metrics import Clock
-from folio.optim import DivergenceWatch, make_optimizers
+from folio.optim import DivergenceGuard, make_optimizers
 from folio.options import build_options
 from folio.process import StopSignals
 from model import MODELS, GPTConfig, LanguageModel
 
-TRIALS, TRIAL_SECONDS = 10, 0.5  # of an update, to time it: whichever is reached first
-SMALLEST_SCALE = 2**-10  # of float16's gradients; below, they overflow whatever the scale
+TRIALS, TRIAL_SECONDS = 10, 0.5  # limits of the timing of an update; the first one ends it
+SMALLEST_SCALE = 2**-10  # of float16's loss; if gradients overflow even then, the run diverged
 
 
 class Diverged(Exception):
@@ -35,11 +35,11 @@ class Diverged(Exception):
 
 @dataclass
 class Progress:
-    """How far a run has come: all that a resume needs beside the weights and optimizer states."""
+    """The progress of a run: what a resume needs besides the weights and the optimizer states."""
 
     iter_num: Annotated[int, "[0, inf)"] = 0  # updates made
-    n: Annotated[int, "[0, inf)"] = 0  # windows drawn; the next is window(seed, n)
-    tokens: Annotated[int, "[0, inf)"] = 0  # trained on
+    n: Annotated[int, "[0, inf)"] = 0  # training windows read; the next is window(seed, n)
+    tokens: Annotated[int, "[0, inf)"] = 0  # tokens trained on
     train_loss: float | None = None  # at the last evaluation, nats per token
     val_loss: float | None = None
     best_val_loss: float | None = None
@@ -50,12 +50,12 @@ class Progress:
 
     @property
     def is_best(self) -> bool:
-        """Was this state evaluated, with the best validation loss so far?"""
+        """Whether this state was evaluated, with the best validation loss so far."""
         evaluated = self.val_loss is not None and self.eval_iter == self.iter_num
         return evaluated and self.evals_since_best == 0
 
     def cells(self) -> dict[str, float]:
-        """The columns of metrics.csv that say where the run is."""
+        """The cells of metrics.csv that give the position in the run."""
         return {
             "iter_num": self.iter_num,
             "tokens": self.tokens,
@@ -66,7 +66,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """All that training works on, and changes in place."""
+    """Everything that a training run uses; updated in place."""
 
     cfg: Any  # train.py's TrainConfig, with every "auto" resolved
     run_id: str
@@ -75,27 +75,33 @@ class Run:
     model: LanguageModel
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
-    watch: DivergenceWatch
+    guard: DivergenceGuard
     progress: Progress
     clock: Clock
     stop: StopSignals
 
     def is_due(self, interval: int) -> bool:
-        """Is this iteration, if it is not the first, a multiple of the interval? 0: never."""
+        """Whether iter_num is a positive multiple of the interval; 0: never."""
         iter_num = self.progress.iter_num
         return interval > 0 and iter_num > 0 and iter_num % interval == 0
 
     def read_clock(self) -> None:
-        """Bring the progress's seconds up to now."""
+        """Bring the seconds of `progress` up to now."""
         self.progress.train_seconds, self.progress.wall_seconds = self.clock.read()
 
     def evaluate(self) -> str:
-        """Evaluate both splits into `progress`; return the result in words."""
+        """Evaluate both splits, update `progress`, and return the losses as text."""
         cfg, progress, val = self.cfg, self.progress, self.dataset.val
-        max_tokens = min(cfg.eval_tokens, len(val.tokens))
-        how = (max_tokens, cfg.micro_batch_size, cfg.device, cfg.dtype, self.stop.check)
-        progress.train_loss = split_loss(self.model, self.dataset.train, *how)
-        progress.val_loss = split_loss(self.model, val, *how)
+        eval_args = {
+            "max_tokens": min(cfg.eval_tokens, len(val.tokens)),
+            "batch_size": cfg.micro_batch_size,
+            "device": cfg.device,
+            "dtype": cfg.dtype,
+            "check": self.stop.check,
+        }
+        train_loss = split_loss(self.model, self.dataset.train, **eval_args)
+        val_loss = split_loss(self.model, val, **eval_args)
+        progress.train_loss, progress.val_loss = train_loss, val_loss
         progress.eval_iter = progress.iter_num
         if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
             progress.best_val_loss, progress.evals_since_best = progress.val_loss, 0
@@ -106,34 +112,36 @@ class Run:
         return text if bits is None else f"{text} ({bits:.3f} bits per byte)"
 
     def generate_samples(self) -> Iterator[str]:
-        """num_samples texts by the model as it is now."""
+        """Yield num_samples texts by the current model."""
         cfg, model = self.cfg, self.model
         sampling = Sampling(max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
         prompt = unescape(cfg.sample_prompt)
         ids = encode_prompt(self.tok, prompt, cfg.seed)
         model.eval()
-        torch.use_deterministic_algorithms(False)  # CUDA's cumsum is not; samples change no weight
-        for samples in batches(model, len(ids), cfg.num_samples, cfg.sample_tokens):
-            for text in generate_texts(model, self.tok, ids, sampling, samples, self.stop.check):
-                yield prompt + text.take()
-        torch.use_deterministic_algorithms(cfg.deterministic)
-        model.train()
+        torch.use_deterministic_algorithms(False)  # CUDA's cumsum is not; sampling trains nothing
+        try:
+            for samples in batches(model, len(ids), cfg.num_samples, cfg.sample_tokens):
+                texts = generate_texts(model, self.tok, ids, sampling, samples, self.stop.check)
+                yield from (prompt + text.take() for text in texts)
+        finally:
+            torch.use_deterministic_algorithms(cfg.deterministic)
+            model.train()
 
     def check_finite(self, problem: str = "") -> None:
-        """Raise Diverged if an update was not finite, or for a `problem` that was found since."""
-        diverged, iter_num, loss, norm, lr = self.watch.first()
+        """Raise Diverged if an update was not finite, or for a `problem` found elsewhere."""
+        diverged, iter_num, loss, norm, lr = self.guard.first()
         if diverged or problem:
             batch_size = self.cfg.batch_size
             first = self.progress.n - (self.progress.iter_num - iter_num) * batch_size
             raise Diverged(
                 f"training diverged at iteration {iter_num}: loss {loss:.4g}, gradient norm "
                 f"{norm:.4g}, learning rate {lr:.3g}, windows {first} to {first + batch_size - 1} "
-                f"of seed {self.cfg.seed}{problem}; nothing of it was saved"
+                f"of seed {self.cfg.seed}{problem}; this state was not saved"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             raise Diverged(
                 f"training diverged before iteration {self.progress.iter_num}: the gradient "
-                "overflows float16 at any scale; nothing of it was saved"
+                "overflows float16 at any scale; this state was not saved"
             )
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -147,7 +155,7 @@ class Run:
         }
 
     def save(self) -> None:
-        """Save the state as the latest, and as the best and as a snapshot if it is one."""
+        """Save the state as the latest, and as the best and a snapshot if it is one."""
         cfg, progress = self.cfg, self.progress
         self.check_finite()
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
@@ -169,11 +177,17 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "threads": torch.get_num_threads(),
         }
-        names = {"best": progress.is_best, "snapshot": self.is_due(cfg.snapshot_interval)}
-        run_folder.save_run(Path(cfg.out_dir), tensors, meta, **names, keep=cfg.keep_snapshots)
+        run_folder.save_run(
+            Path(cfg.out_dir),
+            tensors,
+            meta,
+            best=progress.is_best,
+            snapshot=self.is_due(cfg.snapshot_interval),
+            keep=cfg.keep_snapshots,
+        )
 
     def check_disk(self) -> None:
-        """UserError if the run's checkpoints clearly do not fit on the disk."""
+        """Raise UserError if the run's checkpoints clearly do not fit on the disk."""
         cfg, n_snapshots = self.cfg, 0
         if cfg.snapshot_interval:
             n_snapshots = cfg.max_iters // cfg.snapshot_interval
@@ -187,20 +201,20 @@ class Run:
         return next(iter(re.findall(r"(?<=\W)\w{2,20}", text)), "")
 
     def continue_folder(self, path: Path) -> None:
-        """Bring the run's folder to the state `path`, from which it was resumed."""
+        """Make the run's folder consistent with the checkpoint `path` that it resumes from."""
         progress, out_dir = self.progress, Path(self.cfg.out_dir)
         run_folder.rewind(out_dir, path, progress.iter_num)
-        # a kill between saving a state and linking its other names leaves those to be made
+        # a kill after saving a state and before linking it leaves links missing
         snapshot = self.is_due(self.cfg.snapshot_interval)
         run_folder.link_latest(out_dir, progress.iter_num, progress.is_best, snapshot)
         if not run_folder.restore_best(out_dir, progress.best_val_loss):
-            progress.best_val_loss, progress.evals_since_best = None, 0  # no file has that state
+            progress.best_val_loss, progress.evals_since_best = None, 0  # that state is gone
 
     def time_update(self, update: Callable[["Run"], object]) -> float:
-        """Seconds that an update will take, from trials that leave the weights as they are.
+        """Estimate the seconds of an update, from trials that leave the weights unchanged.
 
-        A trial has one micro-batch, or two, to tell what each further one adds. The first trial
-        also compiles.
+        A trial has one or two micro-batches; the difference is the cost of each further one. The
+        first trial compiles.
         """
         cfg, scaler_state = self.cfg, self.scaler.state_dict()
         n_micro = cfg.batch_size // cfg.micro_batch_size
@@ -213,7 +227,7 @@ class Run:
             clock.stop()
             return clock.read()[0]
 
-        self.watch.skip_all(True)
+        self.guard.skip_all(True)
         try:
             trial(1)
         except torch.OutOfMemoryError:
@@ -221,27 +235,29 @@ class Run:
         except RuntimeError as error:
             if not cfg.compile:
                 raise
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"an update failed ({reason}); --compile=False may help") from None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"an update failed ({reason}); try --compile=False") from None
         times = {n: [] for n in range(1, min(n_micro, 2) + 1)}
         for n, seconds in times.items():
             while not seconds or (len(seconds) < TRIALS and sum(seconds) < TRIAL_SECONDS):
                 seconds.append(trial(n))
-        self.watch.skip_all(False)
+        self.guard.skip_all(False)
         self.scaler.load_state_dict(scaler_state)
-        of_one = median(times[1])
-        return of_one + (n_micro - 1) * max(0.0, median(times.get(2, [of_one])) - of_one)
+        one = median(times[1])
+        two = median(times[2]) if n_micro > 1 else one
+        return one + (n_micro - 1) * max(0.0, two - one)
 
 
 def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
-    """Build the model and its optimizers, with the state of `ckpt` if there is one.
+    """Build the model and, unless it is only evaluated, its optimizers, in the state of `ckpt`.
 
-    `cfg` is train.py's TrainConfig. UserError if it does not fit in memory, or `ckpt` does not
-    fit the config.
+    `cfg` is train.py's TrainConfig. Raises UserError if the run does not fit in memory, or if
+    `ckpt` does not fit the options.
     """
     config = GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})
     outline = checkpoint.meta_model(cfg.model, config)
-    machine.check_memory(outline, cfg.micro_batch_size, cfg.device, cfg.dtype)
+    size, training = cfg.micro_batch_size, not cfg.eval_only
+    machine.check_memory(outline, size, cfg.device, cfg.dtype, training)
     torch.manual_seed(cfg.seed)
     model = MODELS[cfg.model](config)
     if ckpt:
@@ -266,19 +282,21 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
             beta2=cfg.beta2,
             weight_decay=cfg.weight_decay,
             muon_dtype=torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32,
-        ),
+        )
+        if training
+        else [],
         scaler=torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.dtype == "float16"),
-        watch=DivergenceWatch(cfg.device, ignore_norm=cfg.dtype == "float16"),
+        guard=DivergenceGuard(cfg.device, ignore_norm=cfg.dtype == "float16"),
         progress=progress,
         clock=Clock(cfg.device, progress.train_seconds, progress.wall_seconds),
         stop=StopSignals(),
     )
-    if resuming:
+    if resuming and training:
         checkpoint.restore(ckpt, "optimizer.", run.optimizer_tensors())
         try:
             if ckpt.meta["scaler"]:
                 run.scaler.load_state_dict(ckpt.meta["scaler"])
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{ckpt.path}: the scaler's state cannot be used: {error}") from None
-    encode_prompt(run.tok, unescape(cfg.sample_prompt), cfg.seed)  # reports an unknown character
+    encode_prompt(run.tok, unescape(cfg.sample_prompt), cfg.seed)  # fails now if it ever will
     return run

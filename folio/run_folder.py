@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its checkpoints under three names, and how a run goes on from them.
+"""A run's folder: its lock, its checkpoints (latest, best, snapshots), and going back to one.
 
     out/<run>/run.json                              the run's id and options
     out/<run>/ckpt.safetensors                      the latest state
@@ -6,8 +6,8 @@
     out/<run>/snapshots/iter_000500.safetensors     kept every snapshot_interval updates
     out/<run>/metrics.csv, loss.png                 folio/metrics.py
 
-The best state and the snapshots are hard links to what was ckpt.safetensors when they were made,
-and copies on a disk without links. A new run never overwrites an older one, which is moved aside.
+The best state and the snapshots are hard links to what was ckpt.safetensors when they were made, or
+copies if the disk has no hard links. A new run moves an older one aside and never overwrites it.
 """
 
 import json
@@ -35,7 +35,7 @@ RECORD, LOCK = "run.json", ".lock"
 
 @contextmanager
 def lock(out_dir: Path) -> Iterator[None]:
-    """Hold a run's folder for this process alone; UserError if another one does."""
+    """Lock a run's folder; raises UserError if another process has it."""
     held = filelock.FileLock(out_dir / LOCK, timeout=0)
     try:
         held.acquire()
@@ -50,7 +50,7 @@ def lock(out_dir: Path) -> Iterator[None]:
 
 
 def check_new_folder(out_dir: Path) -> bool:
-    """UserError if no new run can go there; else, is there an older run to be moved aside?"""
+    """Return whether an older run is there; raises UserError if no new run can go there."""
     if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
         raise UserError(f"--out_dir={out_dir} cannot be a folder for a run")
     entries = out_dir.iterdir() if out_dir.exists() else ()
@@ -59,17 +59,17 @@ def check_new_folder(out_dir: Path) -> bool:
         raise UserError(f"--out_dir={out_dir} has files that are not a run's; use another folder")
     if names:
         with lock(out_dir):
-            pass  # only to see that nobody trains there
+            pass  # fails if another process trains there
     return bool(names)
 
 
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[None]:
-    """Create and hold the folder of a new run; an older run there is moved aside first."""
+    """Create and lock the folder of a new run; an older run there is moved aside first."""
     has_older_run = check_new_folder(out_dir)
     if out_dir.is_symlink():
         out_dir = out_dir.resolve()  # the link stays
-    if has_older_run:  # its lock is not held meanwhile: Windows moves no folder with an open file
+    if has_older_run:  # unlocked, because Windows cannot rename a folder with an open file
         bins.move_aside(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=not has_older_run)
@@ -86,15 +86,15 @@ def write_record(out_dir: Path, run_id: str, options: dict) -> None:
 
 
 def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -> None:
-    """Refuse a run whose checkpoints clearly do not fit on the disk.
+    """Raise UserError if a run's checkpoints clearly do not fit on the disk.
 
     These are the latest, the best, the one being written, and the snapshots.
     """
     folder, reused = out_dir.absolute(), {}
-    if resuming:  # the run's own checkpoints make room; a file may have several names
+    if resuming:  # its checkpoints will be replaced; a file may have several names
         paths = [folder / LATEST, folder / BEST, *snapshots(folder)]
         reused = {p.stat().st_ino: p.stat().st_size for p in paths if p.exists()}
-    while not folder.exists():
+    while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     needed = (3 + n_snapshots) * 12 * n_params
     free = shutil.disk_usage(folder).free + sum(reused.values())
@@ -112,9 +112,9 @@ def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -
 def save_run(
     out_dir: Path, tensors: dict[str, Tensor], meta: dict, best: bool, snapshot: bool, keep: int
 ) -> None:
-    """Save a run's state as its latest, and also as its best and as a snapshot if asked.
+    """Save a run's state as the latest, and on request as the best and as a snapshot.
 
-    Of the snapshots the newest `keep` are kept; 0 keeps all.
+    The newest `keep` snapshots are kept; 0 keeps all.
     """
     checkpoint.save(out_dir / LATEST, tensors, meta)
     link_latest(out_dir, meta["progress"]["iter_num"], best, snapshot)
@@ -124,7 +124,7 @@ def save_run(
 
 
 def link_latest(out_dir: Path, iter_num: int, best: bool, snapshot: bool) -> None:
-    """Give the latest state the name of the best, or of the snapshot of its iteration, if asked."""
+    """Link the latest state as the best, and as the snapshot of its iteration, on request."""
     if best:
         _link(out_dir, out_dir / LATEST, out_dir / BEST)
     if snapshot:
@@ -145,7 +145,7 @@ def _snapshot_iter(path: Path) -> int:
 
 
 def _link(out_dir: Path, source: Path, target: Path) -> None:
-    """Make `target` another name of the file `source`, or a copy on a disk without hard links."""
+    """Make `target` a hard link to `source`, or a copy if the disk has no hard links."""
     temporary = out_dir / TEMPORARY
     with suppress(FileNotFoundError):
         os.unlink(temporary)
@@ -156,7 +156,7 @@ def _link(out_dir: Path, source: Path, target: Path) -> None:
         return
     os.replace(temporary, target)
     with suppress(FileNotFoundError):
-        os.unlink(temporary)  # replacing one name of a file by another of its names does nothing
+        os.unlink(temporary)  # it is still there if both were links to the same file
     sync_folder(target.parent)
 
 
@@ -170,7 +170,7 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
 
 
 def newest_run(parent: Path) -> Path:
-    """The folder in `parent` whose run saved last; UserError if there is none."""
+    """The folder in `parent` whose run saved last; raises UserError if there is none."""
     saved = [path for path in parent.glob(f"*/{LATEST}") if path.is_file()]
     if not saved:
         raise UserError(f"no run in {parent}/ has a checkpoint yet; train one: python train.py")
@@ -178,10 +178,10 @@ def newest_run(parent: Path) -> Path:
 
 
 def open_checkpoint(name: str, cache_dir: str = "") -> Checkpoint:
-    """Load what --checkpoint or --init_from names, checked to be a model.
+    """Load the model that --checkpoint or --init_from names.
 
-    That is a file, a run's folder, for which best.safetensors is used, a folder in transformers'
-    format, or one of GPT-2's names. UserError if it does not exist or cannot be used.
+    The name is a file, a run's folder (then best.safetensors is used), a folder in transformers'
+    format, or one of GPT-2's names. Raises UserError if it does not exist or cannot be used.
     """
     if folder := gpt2.find_folder(name, cache_dir):
         return gpt2.load(name, folder)
@@ -200,7 +200,7 @@ def load_latest(out_dir: Path) -> Checkpoint:
     """Load a run's latest state.
 
     If ckpt.safetensors is damaged or belongs to another run, the newest intact one of the other
-    checkpoints is used, and a line says so. UserError if there is none.
+    checkpoints is used, with a message. Raises UserError if there is none.
     """
     others = [path for path in (out_dir / BEST, *snapshots(out_dir)) if path.is_file()]
     others.sort(key=lambda path: _claimed_progress(path).get("iter_num", -1), reverse=True)
@@ -215,17 +215,17 @@ def load_latest(out_dir: Path) -> Checkpoint:
             iter_num = ckpt.meta["progress"].get("iter_num")
             print(f"{problems[0]}; resuming from {path}, iteration {iter_num}")
         return ckpt
-    more = f"; nor is any of {len(others)} others" if others else ""
+    more = f"; neither are the {len(others)} other checkpoints" if others else ""
     raise UserError(problems[0] + more)
 
 
 def load_from_run(out_dir: Path, path: Path) -> Checkpoint:
-    """Load one of a run's checkpoints; UserError if run.json names another run."""
+    """Load one of a run's checkpoints; raises UserError if run.json names another run."""
     ckpt = checkpoint.load(path)
     try:
         run_id = json.loads((out_dir / RECORD).read_text("utf-8"))["run_id"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        run_id = None  # only a checkpoint was copied here
+        run_id = None  # only checkpoints were copied here
     if run_id not in (None, ckpt.meta["run_id"]):
         found = ckpt.meta["run_id"]
         raise UserError(f"{path} belongs to another run: {found!r}, not {run_id!r}")
@@ -233,18 +233,18 @@ def load_from_run(out_dir: Path, path: Path) -> Checkpoint:
 
 
 def _claimed_progress(path: Path) -> dict:
-    """The progress in a file's header, which is not verified; {} if there is none."""
+    """The progress in a file's header, unverified; {} if there is none."""
     progress = checkpoint.read_header(path).get("progress")
     return progress if type(progress) is dict and type(progress.get("iter_num")) is int else {}
 
 
-# ---- going on -----------------------------------------------------------------------------------
+# ---- going back ---------------------------------------------------------------------------------
 
 
 def rewind(out_dir: Path, path: Path, iter_num: int) -> None:
-    """Make the checkpoint `path`, at `iter_num`, the latest.
+    """Make the checkpoint `path`, of iteration `iter_num`, the latest.
 
-    What it replaces, and checkpoints beyond it, are moved to out_dir/beyond_ITER, with a line.
+    What it replaces, and later checkpoints, are moved to out_dir/beyond_ITER, with a message.
     """
     latest = out_dir / LATEST
     beyond = [p for p in snapshots(out_dir) if _snapshot_iter(p) > iter_num]
@@ -260,13 +260,13 @@ def rewind(out_dir: Path, path: Path, iter_num: int) -> None:
             os.replace(p, folder / p.name)
         if (log := out_dir / "metrics.csv").exists():
             write_file(folder / log.name, _read_blocks(log), out_dir / TEMPORARY)
-        print(f"moved what lies beyond iteration {iter_num:,} to {folder}")
+        print(f"moved the checkpoints after iteration {iter_num:,} to {folder}")
     if path != latest:
         _link(out_dir, path, latest)
 
 
 def restore_best(out_dir: Path, best_val_loss: float | None) -> bool:
-    """Make best.safetensors the state that had `best_val_loss`; False if no checkpoint has it."""
+    """Make best.safetensors the state with `best_val_loss`; False if no checkpoint has it."""
     if best_val_loss is None:
         return False
     for path in (out_dir / BEST, *snapshots(out_dir)):

@@ -1,4 +1,4 @@
-"""What a run starts from: its data set, built if need be, and the options of a checkpoint."""
+"""What a run starts from: its data set, built if needed, and the options of a checkpoint."""
 
 import subprocess
 import sys
@@ -16,14 +16,14 @@ from folio.run import Run
 from model import GPTConfig
 
 ROOT = Path(__file__).parent.parent
-DOWNLOAD_SECONDS = 10  # how long the quick start waits for its text before it uses another
+DOWNLOAD_SECONDS = 10  # the quick start's limit for its download, before it uses another text
 
 
 def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
-    """Open a data set; if it is missing and prepare.py knows how, build it first.
+    """Open a data set, after building it if it is missing and prepare.py has a recipe for it.
 
-    The quick start, for which the user named none, trains on the Python language reference if tiny
-    Shakespeare cannot be downloaded within seconds. That one needs no download.
+    The quick start falls back to the Python language reference, which needs no download, if tiny
+    Shakespeare cannot be downloaded within seconds.
     """
     if data_dir.is_file():
         raise UserError(f"--data_dir={data_dir} is a file, not a folder")
@@ -34,7 +34,7 @@ def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
             if not quick_start:
                 raise
             reason = str(error).split(";")[0]
-            print(f"no tiny Shakespeare: {reason}; training on pydocs, Python's own reference")
+            print(f"no tiny Shakespeare: {reason}; using pydocs, the Python language reference")
             name = "pydocs"
             if not (data_dir / name).is_dir():
                 _run_prepare(data_dir, name)
@@ -42,10 +42,16 @@ def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
 
 
 def _run_prepare(data_dir: Path, name: str, timeout: float | None = None) -> None:
-    """Run prepare.py; raise what it reports, or UserError after `timeout` seconds."""
+    """Run prepare.py; raises the error that it reports, or UserError after `timeout` seconds."""
     command = [sys.executable, str(ROOT / "prepare.py"), name, f"--data_dir={data_dir}"]
     try:
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=timeout)
+        done = subprocess.run(
+            command,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout,
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"the download took more than {timeout} seconds") from None
     if done.returncode:
@@ -55,7 +61,7 @@ def _run_prepare(data_dir: Path, name: str, timeout: float | None = None) -> Non
 
 
 def check_dataset(dataset: bins.Dataset, block_size: int, vocab_size: int) -> None:
-    """Refuse a data set that is too short, or has more ids than the model."""
+    """Raise UserError if a data set is too short, or has more ids than the model."""
     shortest = 2 * (block_size + 1)
     for split in (dataset.train, dataset.val):
         if len(split.tokens) < shortest:
@@ -70,16 +76,16 @@ def check_dataset(dataset: bins.Dataset, block_size: int, vocab_size: int) -> No
 
 
 def check_same_data(dataset: bins.Dataset, ckpt: Checkpoint, resuming: bool) -> None:
-    """Refuse a data set with another tokenizer than the checkpoint's, or, to resume, other data."""
+    """Raise UserError if the tokenizer, or when resuming the data, is not the checkpoint's."""
     if ckpt.meta["tokenizer"] != dataset.tokenizer:
-        raise UserError(f"{dataset.folder} has another tokenizer than {ckpt.path}")
+        raise UserError(f"{dataset.folder} has a different tokenizer from {ckpt.path}")
     if resuming and ckpt.meta["dataset"] != dataset.fingerprint:
         raise UserError(f"{dataset.folder} is not the data set that {ckpt.path} was trained on")
 
 
 def find_resumed(out_dir: str, path: str) -> Path:
-    """The folder of the run to resume: `out_dir`, that of the checkpoint `path`, or, if both are
-    empty, that of the newest run in out/."""
+    """The folder of the run to resume: `out_dir`, or that of the checkpoint `path`, or if both are
+    empty the newest run in out/."""
     if not path:
         folder = Path(out_dir or run_folder.newest_run(Path("out")))
         if not folder.is_dir():
@@ -100,7 +106,7 @@ def find_resumed(out_dir: str, path: str) -> Path:
 
 
 def load_start(given: dict) -> Checkpoint | None:
-    """Load the checkpoint that the option init_from means; None for scratch."""
+    """Load the checkpoint that init_from selects; None for scratch."""
     init_from = given.get("init_from", "scratch")
     if init_from == "scratch":
         return None
@@ -114,9 +120,9 @@ def load_start(given: dict) -> Checkpoint | None:
 
 
 def resumed_options(given: dict, ckpt: Checkpoint, known: set[str]) -> dict:
-    """The options of the run that `ckpt` is a state of, under what is given now.
+    """The options of the run that `ckpt` belongs to, overridden by `given`.
 
-    UserError for one that cannot change. Options that Folio no longer has are dropped.
+    Raises UserError for an option that cannot change. Options that no longer exist are dropped.
     """
     saved = {**_model_options(ckpt), "optimizer": "adamw", **ckpt.meta["run_config"]}
     if "micro_batch_size" not in saved:
@@ -127,17 +133,17 @@ def resumed_options(given: dict, ckpt: Checkpoint, known: set[str]) -> dict:
         if name != "dropout" and given.get(name, saved[name]) != saved[name]:
             raise _made_with(ckpt, name, given[name], saved[name])
     changed = {name for name in given if given[name] != saved.get(name)}
-    if changed & {"batch_size", "device"}:  # what was chosen for it may not fit any more
+    if "device" in changed:  # what "auto" chose there may not fit here
+        saved |= {"dtype": "auto", "compile": "auto"}
+    if changed & {"batch_size", "device", "dtype"}:
         saved["micro_batch_size"] = 0
-    if "device" in changed:
-        saved["compile"] = "auto"
     return {**saved, **given}
 
 
 def finetuned_options(given: dict, ckpt: Checkpoint) -> dict:
-    """The model of `ckpt`, and its data set unless another is given, under what is given now.
+    """The model options and the data set of `ckpt`, overridden by `given`.
 
-    The block may be cropped and the vocabulary padded; UserError for another change of the model.
+    block_size may be cropped and vocab_size padded; raises UserError for other model changes.
     """
     saved = _model_options(ckpt)
     for name in saved:
@@ -173,11 +179,12 @@ def describe(run: Run) -> None:
         f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids, "
         f"{len(data.train.tokens):,} to train on, {len(data.val.tokens):,} to validate"
     )
-    shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, block {cfg.block_size}"
-    memory = memory_needed(model, cfg.micro_batch_size, cfg.device, cfg.dtype)
+    names = ("n_layer", "n_head", "n_embd", "block_size")
+    shape = ", ".join(f"{name} {getattr(cfg, name)}" for name in names)
+    training, size = not cfg.eval_only, cfg.micro_batch_size
+    memory = memory_needed(model, size, cfg.device, cfg.dtype, training) / 2**20
     print(
         f"model:   {shape if cfg.model == 'gpt' else 'bigram'}: {model.n_params():,} parameters, "
-        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token, "
-        f"about {memory / 2**20:,.0f} MiB to train",
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token, about {memory:,.0f} MiB",
         flush=True,
     )

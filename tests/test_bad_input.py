@@ -86,7 +86,7 @@ CASES = (
         (training.main, "nowhere.py", "no recipe nowhere.py"),
         (training.main, "--lerning_rate=1", "unknown option 'lerning_rate'; did you mean 'learning_r"),
         (training.main, "--learning-rate=1", "did you mean 'learning_rate'"),
-        (training.main, "learning_rate=1", "cannot read 'learning_rate=1'"),
+        (training.main, "learning_rate=1", "unexpected argument 'learning_rate=1'"),
         (training.main, "--batch_size=many", "batch_size must be a whole number"),
         (training.main, "--batch_size=0", "batch_size must be a whole number in [1, 1e6], not 0"),
         (training.main, "--learning_rate=0", "learning_rate must be a number in (0, inf), not 0"),
@@ -134,7 +134,7 @@ CASES = (
         (training.main, "--init_from=resume --out_dir=nowhere", "no run in nowhere: no such folder"),
         (training.main, "--init_from=resume --out_dir=mixed", "no run in mixed: it has none of run.json"),
         (training.main, "--init_from=RUN --n_embd=64", "made with n_embd=32"),
-        (training.main, "--init_from=RUN --dataset=bytes", "data/bytes has another tokenizer than"),
+        (training.main, "--init_from=RUN --dataset=bytes", "data/bytes has a different tokenizer"),
         (training.main, "--dataset=good --data_dir=good.txt", "--data_dir=good.txt is a file, not a f"),
         (training.main, "--init_from=resume --checkpoint=RUN/ckpt.safetensors", "belongs to the run in"),
         (training.main, "--device=cuda:9", "device 'cuda:9'"),
@@ -150,7 +150,7 @@ CASES = (
         (training.main, "--num_samples=100000000000", "num_samples must be a whole number in [0, 1e4]"),
         (training.main, "--device=cpu:7", "no device 'cpu:7'; this machine has 1"),
         (training.main, "exits.py", "exits.py, line 1: SystemExit"),
-        (prepare.main, "--name=x --input=/dev/zero", "/dev/zero is a device, not a text"),
+        (prepare.main, "--name=x --input=/dev/zero", "/dev/zero is not a regular file"),
         (prepare.main, "--name=good.txt --input=good.txt --data_dir=.", "good.txt exists and is not a data set"),
         (prepare.main, "--name=x --input=good.txt --data_dir=good.txt", "Not a directory"),
         (training.main, "--out_dir=good.txt", "--out_dir=good.txt cannot be a folder for a run"),
@@ -188,14 +188,14 @@ CASES = (
         (training.main, "--dataset=nested --data_dir=.", "nested/meta.json cannot be read"),
         (prepare.main, "--name=x --input=good.txt --val_input=bare", "input bare: no files found"),
         (prepare.main, "--name=x --input=empty.txt", "empty.txt is empty"),
-        (prepare.main, "--name=x --input=one.txt", "1 bytes of text are too few, none is left for train"),
+        (prepare.main, "--name=x --input=one.txt", "the text is too short (1 bytes), the train split is e"),
         (prepare.main, "--name=x --input=latin1.txt", "not UTF-8: byte 0xe9 at offset 3"),
         (prepare.main, "--name=x --input=good.txt --tokenizer=words", "--tokenizer=words is not one of char"),
         (prepare.main, "--name=x --input=good.txt --val_fraction=1", "val_fraction must be a number"),
         (
             prepare.main,
             "--name=x --input=good.txt --val_input=good.txt --val_fraction=0.2",
-            "--val_fraction does not go with --val_input",
+            "--val_fraction cannot be combined with --val_input",
         ),
         # sample.py
         (sample.main, "--checkpoint=nowhere", "cannot open checkpoint nowhere"),
@@ -295,5 +295,5 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(folder, run, capsys):
     assert prepare.main(["--name=mine", "--input=good.txt"]) == 0
     argv = [f"--init_from={run}", "--dataset=mine", "--out_dir=tuned"]
     assert training.main(argv) == 2
-    assert "has another tokenizer than" in capsys.readouterr().err
+    assert "has a different tokenizer from" in capsys.readouterr().err
     assert not Path("tuned").exists()

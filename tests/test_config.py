@@ -90,9 +90,9 @@ def test_what_a_recipe_may_hold_beside_options(recipe):
         (["--mode=3"], "mode must be one of auto, True, False, not '3'"),
         (["--width"], "--width needs a value"),
         (["--width", "--fast"], "--width needs a value"),
-        (["word"], "cannot read 'word'"),
-        (["-w"], "cannot read '-w'"),
-        (["--"], "cannot read '--'"),
+        (["word"], "unexpected argument 'word'"),
+        (["-w"], "unexpected argument '-w'"),
+        (["--"], "unexpected argument '--'"),
         (["missing.py"], "no recipe missing.py"),
     ],
 )

@@ -103,6 +103,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def test_a_cut_among_many_combining_marks_is_still_utf8():
+    """Where the letter that they belong to is too far back."""
+    data = ("a" + "\u0301" * 100).encode()
+    for offset in range(len(data) + 1):
+        part = Document(data, "x").cut(0, offset)
+        assert part.data.decode() == data.decode()[: len(part.data.decode())]
+
+
 def test_addresses(folder, capsys):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
@@ -113,7 +121,7 @@ def test_addresses(folder, capsys):
         before = sorted(Path("data").rglob("*"))
         for path, (_, body) in NO_TEXTS.items():
             assert prepare.main(["--name=page", f"--input={url}{path}"]) == 2
-            says = "answers with a web page" if body else "answers with nothing"
+            says = "returned a web page" if body else "returned nothing"
             assert f"{url}{path} {says}" in capsys.readouterr().err
         assert sorted(Path("data").rglob("*")) == before, "nothing is left of it"
         httpd.shutdown()

@@ -95,8 +95,8 @@ def test_a_wrong_part_is_dropped_and_fetched_anew(server, tmp_path):
 @pytest.mark.parametrize(
     "path, says, requests",
     [
-        ("missing", "the server answers 404", 1),
-        ("broken", "the server answers 503", download.TRIES),
+        ("missing", "HTTP 404", 1),
+        ("broken", "HTTP 503", download.TRIES),
         ("wrong", "SHA-256", download.TRIES),
     ],
 )

@@ -360,7 +360,7 @@ def test_a_nanogpt_checkpoint_becomes_one_of_ours(
     theirs = nanogpt_checkpoint(tmp_path / "ckpt.pt", bias, compiled, vocab_size)
     argv = ["ckpt.pt", "out/imported", "--dataset=small", f"--data_dir={data_dir}"]
     assert convert.main(argv) == 0
-    assert "validation loss 1.5000 by nanoGPT" in capsys.readouterr().out
+    assert "validation loss 1.5000 according to nanoGPT" in capsys.readouterr().out
     ours, meta = load_model("out/imported")
     assert meta["progress"]["iter_num"] == 2000 and ours.config.activation == "gelu"
     idx, _ = batch(vocab_size, (2, 16))

@@ -169,11 +169,11 @@ def test_stopping_in_the_middle_of_an_evaluation(whole, data_dir, tmp_path, monk
     """What was not finished is done when the run goes on, and no bit differs."""
     split_loss, calls = run_module.split_loss, []
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 4:  # the second split of the second evaluation
             signal.raise_signal(signal.SIGTERM)
-        return split_loss(*args)
+        return split_loss(*args, **kwargs)
 
     monkeypatch.setattr(run_module, "split_loss", interrupted)
     argv = [*SMALL, *OPTIONS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]

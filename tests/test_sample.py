@@ -214,7 +214,7 @@ def test_prompts_from_everywhere(capsys, run_dir, tmp_path):
 def test_a_prompt_longer_than_the_block_is_cropped_and_said(capsys, run_dir):
     prompt = "the first words of this "
     said = say(capsys, run_dir, f"--prompt={prompt}", "--max_new_tokens=30", "--temperature=0")
-    assert "the prompt has 24 tokens; the model sees the last 16" in said.err
+    assert "the prompt has 24 tokens; only the last 16 are used" in said.err
     cropped = say(
         capsys, run_dir, f"--prompt={prompt[-16:]}", "--max_new_tokens=30", "--temperature=0"
     )

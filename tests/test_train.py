@@ -637,7 +637,7 @@ def test_a_step_that_finite_gradients_make_infinite_is_not_saved(
     )
     err = capsys.readouterr().err
     assert re.search(r"diverged at iteration \d+: .*loss .*, windows \d+ to \d+ of seed", err)
-    assert "nothing of it was saved" in err and err.count("\n") == 1
+    assert "this state was not saved" in err and err.count("\n") == 1
     for path in Path("run").rglob("*.safetensors"):
         tensors, meta = load(path)
         assert all(t.isfinite().all() for t in tensors.values()), path
@@ -678,7 +678,7 @@ def test_the_quick_start_without_a_network(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "no tiny Shakespeare: cannot download" in done.stdout
-    assert "training on pydocs" in done.stdout and "next:    python sample.py" in done.stdout
+    assert "using pydocs" in done.stdout and "next:    python sample.py" in done.stdout
     assert (tmp_path / "out/quickstart/best.safetensors").exists()
     after = subprocess.run(
         [sys.executable, ROOT / "sample.py", "--prompt", "The", "--max_new_tokens=10"],
