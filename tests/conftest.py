@@ -38,11 +38,6 @@ needs_gpt2_vocabulary = pytest.mark.skipif(
 )
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: random and expensive; run by `pytest -m soak`")
-    config.option.markexpr = config.option.markexpr or "not soak"
-
-
 @pytest.fixture(scope="session")
 def text() -> str:
     """20,000 characters of real English that is on every machine."""
