@@ -22,18 +22,18 @@ from data import tokenizer
 from data.errors import UserError
 from folio import checkpoint, gpt2, run_folder
 from folio.checkpoint import Checkpoint
-from folio.options import build_options, read_options
+from folio.options import PathStr, build_options, read_options
 from folio.process import script
 from model import GPT, GPTConfig
 
 
 @dataclass
 class ConvertConfig:
-    source: str = ""  # nanoGPT's ckpt.pt, or anything that sample.py --checkpoint accepts
-    target: str = ""  # the folder to create
-    dataset: str = ""  # for ckpt.pt: the data set it was trained on; empty: GPT-2's tokenizer
-    data_dir: str = "data"  # the parent folder of all data sets
-    cache_dir: str = ""  # download folder for gpt2*; empty: Hugging Face's default cache
+    source: PathStr = ""  # nanoGPT's ckpt.pt, or anything that sample.py --checkpoint accepts
+    target: PathStr = ""  # the folder to create
+    dataset: PathStr = ""  # for ckpt.pt: the data set it was trained on; empty: GPT-2's tokenizer
+    data_dir: PathStr = "data"  # the parent folder of all data sets
+    cache_dir: PathStr = ""  # download folder for gpt2*; empty: Hugging Face's default cache
 
 
 @script

@@ -17,7 +17,6 @@ fewer, the last tenth of each document is validation text. A failure leaves noth
 data set of the same name is moved aside, not overwritten.
 """
 
-import hashlib
 import itertools
 import os
 import re
@@ -33,10 +32,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data import bins, tokenizer
-from data.documents import PIECE_BYTES, SHAKESPEARE, Corpus, Document
+from data.documents import PIECE_BYTES, SHAKESPEARE, Corpus, Document, Piece
 from data.errors import UserError
-from data.tokenizer import Tokenizer
-from folio.options import build_options, read_options
+from data.tokenizer import END_OF_TEXT, Tokenizer, UnknownCharacters
+from folio.options import PathStr, PathStrs, build_options, read_options, unescape
 from folio.process import script
 
 MANY_DOCUMENTS = 100  # from this many on, whole documents are held out
@@ -46,16 +45,20 @@ MANY_DOCUMENTS = 100  # from this many on, whole documents are held out
 class PrepareConfig:
     dataset: str = ""  # a recipe: shakespeare_char (the default), shakespeare or pydocs
     name: str = ""  # name of the folder in data_dir; empty: the recipe's
-    data_dir: str = "data"  # the parent folder of all data sets
+    data_dir: PathStr = "data"  # the parent folder of all data sets
 
     # the text
-    input: tuple[str, ...] = ()  # files, folders, 'globs', URLs, pydocs, pystdlib; also .gz
-    field: str = "text"  # field of JSON lines (.jsonl) with the text
-    val_input: tuple[str, ...] = ()  # separate validation text; input is then for training only
+    input: PathStrs = ()  # files, folders, 'globs', URLs, pydocs, pystdlib; - for stdin
+    separator: str = ""  # text between the documents of a plain file, such as \n or <|endoftext|>
+    encoding: str = ""  # of plain files; empty: by the byte-order mark, or UTF-8
+    errors: Literal["strict", "replace"] = "strict"  # replace: bad bytes become U+FFFD
+    field: str = "text"  # field of JSON lines (.jsonl) with the text; a.b is b in a
+    skip_bad_lines: bool = False  # leave out JSON lines that cannot be used
+    val_input: PathStrs = ()  # separate validation text; input is then for training only
     val_fraction: Annotated[float, "(0, 1)"] = 0.1  # fraction of the text that is held out
 
     # its tokens
-    tokenizer: str = ""  # char, byte, gpt2, bpe, or that of a data set, run or checkpoint
+    tokenizer: PathStr = ""  # char, byte, gpt2, bpe, or that of a data set, run or checkpoint
     vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # vocabulary size of a bpe tokenizer
     normalize: Literal["", "NFC", "NFKC"] = ""  # Unicode normalization of the text
     workers: Annotated[int, "[0, 1024]"] = 0  # encoding threads; 0: one per core
@@ -85,7 +88,10 @@ def main(argv: list[str]) -> None:
     check_tokenizer(kind, given)
     if options.val_input and "val_fraction" in given:
         raise UserError("--val_fraction cannot be combined with --val_input")
+    bins.check_target(Path(options.data_dir) / name)
     texts = Texts(options, options.input or recipe.input)
+    if "field" in given and not texts.has_json_lines:
+        raise UserError(f"--field={options.field} is for JSON lines, and the input has none")
     tok = make_tokenizer(kind, options, texts)
     workers = options.workers or os.cpu_count() or 1
     with bins.Writer(Path(options.data_dir) / name, tok.vocab_size) as writer:
@@ -93,11 +99,18 @@ def main(argv: list[str]) -> None:
             writer.add(split, ids)
         texts.check()
         meta = writer.finish(texts.counts, tok.meta(), texts.sources)
-    print_table(writer.folder, meta, texts.n_skipped, time.perf_counter() - started)
+    print_table(writer.folder, meta, texts.notes, time.perf_counter() - started)
 
 
 def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
-    """Return the data set's name and its recipe. The user's own text defaults to characters."""
+    """Return the data set's name and its recipe. The user's own text defaults to characters.
+
+    As in nanoGPT, text that is in data/NAME/input.txt already needs no --input.
+    """
+    own = options.name or options.dataset
+    own_text = Path(options.data_dir) / own / "input.txt"
+    if own and own not in RECIPES and not options.input and own_text.is_file():
+        return own, Recipe("char", (str(own_text),))
     if options.dataset and options.dataset not in RECIPES:
         raise UserError(
             f"no recipe {options.dataset!r}; known recipes: {', '.join(RECIPES)}; "
@@ -121,64 +134,84 @@ def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
 
 
 class Texts:
-    """The documents of a data set, each assigned to a split."""
+    """The documents of a data set, each assigned to a split, or divided among both."""
 
     def __init__(self, options: PrepareConfig, inputs: tuple[str, ...]):
-        downloads = Path(options.data_dir) / ".downloads"
+        how = {name: getattr(options, name) for name in ("field", "encoding", "errors")}
+        how |= {"skip_bad_lines": options.skip_bad_lines, "separator": unescape(options.separator)}
+        how["downloads"] = Path(options.data_dir) / ".downloads"
         self._val_fraction = options.val_fraction
-        self._corpus = Corpus(inputs, options.field, downloads)
-        self._val_corpus = Corpus(options.val_input, options.field, downloads)
+        self._corpus, self._val_corpus = (Corpus(i, **how) for i in (inputs, options.val_input))
         self.sources = self._corpus.sources + self._val_corpus.sources
-        self.n_documents = sum(1 for _ in itertools.islice(self._corpus, MANY_DOCUMENTS))  # or more
-        if not self.n_documents:
-            n_binary = f", only {self.n_skipped} binary files" if self.n_skipped else ""
-            raise UserError(f"{', '.join(inputs)}: no text found{n_binary}")
+        self._cuts = [  # where the validation text of each document begins, if they are few
+            document.boundary(int(document.size() * (1 - self._val_fraction)))
+            for document in itertools.islice(self._corpus, MANY_DOCUMENTS)
+        ]
+        if not self._cuts:
+            notes = "".join(f"; {what}: {n}" for what, n in self._corpus.notes.items())
+            raise UserError(f"{', '.join(inputs)}: no text found{notes}")
         self.counts: dict[str, dict] = {}
+        self._digests = set()
 
-    def __iter__(self) -> Iterator[tuple[str, bool, str]]:
+    def __iter__(self) -> Iterator[tuple[str, bool, Piece]]:
         """Yield all text in order, as (split, follows, piece), and fill `counts`.
 
         `follows`: the piece starts a document that is not the first of its split.
         """
         self.counts = {split: {"documents": 0, "bytes": 0} for split in bins.SPLITS}
+        self._n_end_of_text = 0
         with tqdm(desc="text", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-            for split, document in self._assign():
-                if not document.data:
-                    continue
+            for split, document, begin, end in self._assign():
                 count = self.counts[split]
-                follows = count["documents"] > 0
-                for text in document.pieces():
-                    yield split, follows, text
-                    follows = False
-                    bar.update(len(text))
-                count["documents"] += 1
-                count["bytes"] += len(document.data)
+                follows, is_empty = count["documents"] > 0, True
+                for piece in document.pieces(begin, end):
+                    self._n_end_of_text += piece.text.count(END_OF_TEXT)
+                    yield split, follows, piece
+                    follows = is_empty = False
+                    count["bytes"] += piece.n_bytes
+                    bar.update(piece.n_bytes)
+                count["documents"] += not is_empty
 
-    def _assign(self) -> Iterator[tuple[str, Document]]:
+    def _assign(self) -> Iterator[tuple[str, Document, int, int | None]]:
+        """Yield (split, document, begin, end) in the order of the inputs."""
         if self._val_corpus.files:
-            yield from (("train", document) for document in self._corpus)
-            yield from (("val", document) for document in self._val_corpus)
-        elif self.n_documents >= MANY_DOCUMENTS:
+            yield from (("train", document, 0, None) for document in self._corpus)
+            yield from (("val", document, 0, None) for document in self._val_corpus)
+        elif len(self._cuts) >= MANY_DOCUMENTS:
             for document in self._corpus:
-                u = int.from_bytes(hashlib.sha256(document.data).digest()[:8], "big") / 2**64
-                yield "val" if u < self._val_fraction else "train", document
+                digest = document.digest()[:8]
+                if len(self._digests) < 2:
+                    self._digests.add(digest)
+                u = int.from_bytes(digest, "big") / 2**64
+                yield "val" if u < self._val_fraction else "train", document, 0, None
         else:
-            for document in self._corpus:
-                size = len(document.data)
-                cut = int(size * (1 - self._val_fraction))
-                yield "train", document.cut(0, cut)
-                yield "val", document.cut(cut, size)
+            for document, cut in zip(self._corpus, self._cuts, strict=True):
+                yield "train", document, 0, cut
+                yield "val", document, cut, None
 
     @property
-    def n_skipped(self) -> int:
-        """Number of binary files that were left out of folders and globs."""
-        return len(self._corpus.skipped | self._val_corpus.skipped)
+    def has_json_lines(self) -> bool:
+        return self._corpus.has_json_lines or self._val_corpus.has_json_lines
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """What was noticed in the text, and how often."""
+        notes = self._corpus.notes + self._val_corpus.notes
+        if self._n_end_of_text:
+            advice = f"--separator='{END_OF_TEXT}' makes it the end of a document"
+            notes[f"{END_OF_TEXT} is in the text, as text; {advice}"] = self._n_end_of_text
+        return {what: count for what, count in notes.items() if count}
 
     def check(self) -> None:
         """Raise UserError if a split got no text."""
         for split, count in self.counts.items():
             if not count["documents"]:
                 n_bytes = sum(count["bytes"] for count in self.counts.values())
+                if len(self._digests) == 1:
+                    raise UserError(
+                        f"{', '.join(self.sources)}: all documents are the same, so that all are "
+                        "in one split; remove the copies, or use --val_input"
+                    )
                 raise UserError(
                     f"{', '.join(self.sources)}: the text is too short ({n_bytes:,} bytes), "
                     f"the {split} split is empty"
@@ -206,10 +239,10 @@ def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer
             kinds = ", ".join(tokenizer.KINDS)
             raise UserError(f"--tokenizer={kind} is not one of {kinds}; {error}") from None
     if kind == "char":
-        separated = ("\n" * follows + text for _, follows, text in texts)
+        separated = ("\n" * follows + piece.text for _, follows, piece in texts)
         tok = tokenizer.CharTokenizer.train(tokenizer.normalized(t, form) for t in separated)
     elif kind == "bpe":
-        pieces = (tokenizer.normalized(text, form) for split, _, text in texts if split == "train")
+        pieces = (tokenizer.normalized(p.text, form) for split, _, p in texts if split == "train")
         tok = tokenizer.BytePairTokenizer.train(pieces, options.vocab_size)
     else:
         tok = tokenizer.load({"kind": kind})
@@ -223,14 +256,18 @@ def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np
     End-of-text or a newline separates documents. The ids are the same for any number of workers.
     """
 
-    def encode_batch(batch: list[tuple[str, bool, str]]) -> dict[str, np.ndarray]:
+    def encode_batch(batch: list[tuple[str, bool, Piece]]) -> dict[str, np.ndarray]:
         ids = {split: [] for split, _, _ in batch}
-        for split, follows, text in batch:
+        for split, follows, piece in batch:
             if follows and tok.end_of_text is None:
                 ids[split].append(tok.encode("\n"))
             elif follows:
                 ids[split].append([tok.end_of_text])
-            ids[split].append(tok.encode(text))
+            try:
+                ids[split].append(tok.encode(piece.text))
+            except UnknownCharacters as error:
+                where = piece.locate(error.index)
+                raise UserError(f"{where}: the vocabulary has no {error.names}") from None
         return {split: np.concatenate(parts) for split, parts in ids.items()}
 
     with ThreadPoolExecutor(workers) as pool:
@@ -243,12 +280,12 @@ def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np
             yield from result.result().items()
 
 
-def batches(texts: Texts) -> Iterator[list[tuple[str, bool, str]]]:
-    """The pieces of the texts in lists of about PIECE_BYTES characters."""
+def batches(texts: Texts) -> Iterator[list[tuple[str, bool, Piece]]]:
+    """The pieces of the texts in lists of about PIECE_BYTES."""
     batch, size = [], 0
-    for piece in texts:
-        batch.append(piece)
-        size += len(piece[2])
+    for split, follows, piece in texts:
+        batch.append((split, follows, piece))
+        size += piece.n_bytes
         if size >= PIECE_BYTES:
             yield batch
             batch, size = [], 0
@@ -256,10 +293,10 @@ def batches(texts: Texts) -> Iterator[list[tuple[str, bool, str]]]:
         yield batch
 
 
-def print_table(folder: Path, meta: dict, n_skipped: int, seconds: float) -> None:
+def print_table(folder: Path, meta: dict, notes: dict[str, int], seconds: float) -> None:
     print(f"{folder}: {meta['tokenizer']['kind']} tokens from {', '.join(meta['sources'])}")
-    if n_skipped:
-        print(f"binary files skipped: {n_skipped}")
+    for what, count in notes.items():
+        print(f"{what}: {count:,}")
     print(f"{'split':<8}{'documents':>14}{'tokens':>14}{'bytes':>14}{'bytes/token':>14}")
     total_bytes = 0
     for split, entry in meta["splits"].items():

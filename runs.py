@@ -16,15 +16,15 @@ from typing import Literal
 from data.errors import UserError
 from folio import checkpoint, metrics, run_folder
 from folio.checkpoint import Checkpoint
-from folio.options import build_options, read_options
+from folio.options import PathStr, PathStrs, build_options, read_options
 from folio.process import script
 
 
 @dataclass
 class RunsConfig:
     action: Literal["list", "show", "verify", "plot"] = "list"  # what to do
-    paths: tuple[str, ...] = ()  # runs' folders or checkpoints; for list their parent folder
-    output: str = "runs.png"  # the file that plot writes
+    paths: PathStrs = ()  # runs' folders or checkpoints; for list their parent folder
+    output: PathStr = "runs.png"  # the file that plot writes
 
 
 @script

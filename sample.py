@@ -38,10 +38,9 @@ from folio.generation import (
     encode_prompt,
     generate_texts,
     prepare_for_sampling,
-    unescape,
 )
 from folio.machine import find_device
-from folio.options import build_options, read_options
+from folio.options import PathStr, build_options, expand_path, read_options, unescape
 from folio.process import script
 from model import GPT, LanguageModel
 
@@ -49,15 +48,17 @@ from model import GPT, LanguageModel
 @dataclass
 class SampleConfig(Sampling):
     num_samples: Annotated[int, "[1, 1e6]"] = 1  # number of samples from the same prompt
-    output: str = ""  # write them to this new file, as JSON lines (prompt, text, tokens, ...)
+    output: PathStr = ""  # write them to this new file, as JSON lines (prompt, text, tokens, ...)
 
     # the prompt: text with the escapes \n, \t, \r and \\; FILE:path; - for standard input
     prompt: str = ""  # empty: start from end-of-text, a newline, or a random token
     interactive: bool = False  # read prompts from the terminal instead
 
     # the model
-    checkpoint: str = ""  # a checkpoint, a run's or transformers' folder, gpt2*; empty: newest run
-    cache_dir: str = ""  # download folder for gpt2*; empty: Hugging Face's default cache
+    checkpoint: PathStr = (
+        ""  # a checkpoint, a run's or transformers' folder, gpt2*; empty: newest run
+    )
+    cache_dir: PathStr = ""  # download folder for gpt2*; empty: Hugging Face's default cache
     device: str = "auto"  # cuda, mps, cpu; auto: the first that exists
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is faster
 
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--interactive prints its samples; it does not take --output")
     device = find_device(options.device)
     prompt = read_prompt(options.prompt)
-    options.stop = unescape(options.stop)
+    options.stop = tuple(map(unescape, options.stop))
     name = options.checkpoint or str(run_folder.newest_run(Path("out")))
     ckpt = run_folder.open_checkpoint(name, options.cache_dir)
     model = checkpoint.build_model(ckpt).to(device)
@@ -110,10 +111,10 @@ def read_prompt(prompt: str) -> str:
     """Resolve --prompt to text."""
     if prompt != "-" and not prompt.startswith("FILE:"):
         return unescape(prompt)
-    path = prompt.removeprefix("FILE:")
+    path = expand_path(prompt.removeprefix("FILE:"))
     try:
         data = sys.stdin.buffer.read() if prompt == "-" else Path(path).read_bytes()
-        return data.decode()
+        return data.decode("utf-8-sig")  # without a byte-order mark
     except UnicodeDecodeError as error:
         path = "standard input" if prompt == "-" else path
         raise UserError(f"--prompt: {path} is not UTF-8 at offset {error.start}") from None

@@ -33,7 +33,7 @@ from data.errors import UserError
 from folio import machine, metrics, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
 from folio.optim import get_lr
-from folio.options import build_options, read_options
+from folio.options import PathStr, build_options, read_options
 from folio.process import Stopped, script
 from folio.run import Diverged, Run, build_run
 from model import GPTConfig
@@ -48,16 +48,16 @@ class TrainConfig(GPTConfig):
     model: Literal["gpt", "bigram"] = "gpt"  # bigram: the baseline, a (V, V) table of logits
 
     # data
-    dataset: str = "shakespeare_char"  # a folder in data_dir; prepare.py's recipes are built
-    data_dir: str = "data"  # the parent folder of all data sets
+    dataset: PathStr = "shakespeare_char"  # a folder in data_dir; prepare.py's recipes are built
+    data_dir: PathStr = "data"  # the parent folder of all data sets
     batch_size: Annotated[int, "[1, 1e6]"] = 64  # sequences per update, on any machine
     micro_batch_size: Annotated[int, "[0, 1e6]"] = 0  # sequences per forward pass; 0: automatic
 
     # where it starts and where it saves
-    init_from: str = "scratch"  # scratch, resume, or a model to finetune: a checkpoint, gpt2*
-    cache_dir: str = ""  # download folder for gpt2*; empty: Hugging Face's default cache
-    checkpoint: str = ""  # with resume: the checkpoint to resume from; empty: the latest
-    out_dir: str = "out/run"  # the run's folder; an older run there is moved aside
+    init_from: PathStr = "scratch"  # scratch, resume, or a model to finetune: a checkpoint, gpt2*
+    cache_dir: PathStr = ""  # download folder for gpt2*; empty: Hugging Face's default cache
+    checkpoint: PathStr = ""  # with resume: the checkpoint to resume from; empty: the latest
+    out_dir: PathStr = "out/run"  # the run's folder; an older run there is moved aside
     seed: Annotated[int, "[0, inf)"] = 1337  # seed of the weights, the data order, and dropout
 
     # when it ends: the first condition that is met

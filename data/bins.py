@@ -9,17 +9,21 @@ A folder without meta.json is taken for nanoGPT's: uint16 ids of GPT-2's tokeniz
 """
 
 import functools
+import glob
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import filelock
 import numpy as np
 
 from data.errors import UserError
@@ -28,6 +32,7 @@ FORMAT = 1
 SPLITS = ("train", "val")
 IGNORED = -1  # a target that the loss ignores, because it is beyond the end of the split
 CHECKED_IDS = 2**24  # ids of a split that are checked when it is opened; the rest when read
+LOCK = "folio.lock"  # held while a data set is written
 BIGRAM_TOKENS = 5_000_000  # enough for a baseline, and fast to count
 MALFORMED = (  # what reading JSON with unexpected content raises
     ValueError,
@@ -37,6 +42,8 @@ MALFORMED = (  # what reading JSON with unexpected content raises
     ArithmeticError,
     RecursionError,
 )
+LLM_C_MAGIC = 20240520, 20240801  # the first int32 of the token files of llm.c, modded-nanogpt
+OUR_FILES = ("train.bin", "val.bin", "meta.json")
 ROUNDS = 6  # of the Feistel network: four remove correlations, small domains need more
 
 
@@ -165,7 +172,8 @@ def load(folder: Path) -> Dataset:
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         vocab_size = meta["vocab_size"]
         _check_count("vocab_size", vocab_size, 2**32)
-        splits, digests = {}, []
+        splits, digests, changed = {}, [], []
+        built = (folder / "meta.json").stat().st_mtime_ns if "format" in meta else 0
         for name in SPLITS:
             path, entry = folder / f"{name}.bin", meta["splits"][name]
             size, n_tokens, n_bytes = path.stat().st_size, entry["tokens"], entry["bytes"]
@@ -177,9 +185,17 @@ def load(folder: Path) -> Dataset:
                 wrong = f"{path} has {size} bytes, not {n_tokens} {dtype} tokens"
                 raise UserError(f"{wrong}; {rebuild}")
             tokens = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
+            if entry["sha256"] is None:
+                _check_foreign(path)
+            elif path.stat().st_mtime_ns > built:
+                _check_digest(path, entry["sha256"])
+                changed.append(path)
             splits[name] = Split(path, tokens, vocab_size, n_bytes)
             splits[name].check(tokens[:CHECKED_IDS])
             digests.append(str(entry["sha256"] or f"{size} bytes"))
+        if changed:
+            with suppress(OSError):  # the next time they need no check
+                os.utime(folder / "meta.json")
         return Dataset(
             folder=folder,
             tokenizer=dict(meta["tokenizer"]),
@@ -192,6 +208,51 @@ def load(folder: Path) -> Dataset:
     except MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder}/meta.json cannot be read ({reason}); {rebuild}") from None
+
+
+def verify(folder: Path) -> None:
+    """Check the digests of a data set's bins; raises UserError if one is wrong."""
+    dataset = load(folder)
+    for split in (dataset.train, dataset.val):
+        entry = _read_meta(folder)["splits"][split.path.stem]
+        if entry["sha256"] is not None:
+            _check_digest(split.path, entry["sha256"])
+
+
+def _check_digest(path: Path, sha256: str) -> None:
+    """Raise UserError if a bin is not what it was when it was built."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        raise UserError(
+            f"{path} was changed after prepare.py built it: its digest does not match meta.json; "
+            f"rebuild it: python prepare.py --name {path.parent.name} --input FILE"
+        )
+
+
+def _check_foreign(path: Path) -> None:
+    """Raise UserError if a bin without meta.json cannot be nanoGPT's: uint16 ids of GPT-2."""
+    size = path.stat().st_size
+    head = np.fromfile(path, "<u2", count=1 << 20)
+    problem, advice = "", "rebuild it from its text with prepare.py"
+    if len(head) > 2 and int(head[:2].view("<i4")[0]) in LLM_C_MAGIC:
+        problem = "starts with a header of 1,024 bytes, as llm.c writes"
+        advice = f"remove it: tail -c +1025 {path} > new.bin"
+    elif size % 2:
+        problem = "has an odd number of bytes"
+    elif len(head) >= 64 and (head[1::2] == 0).mean() > 0.5:
+        dtype = "<i8" if (head[2::4] == 0).mean() > 0.5 else "<u4"
+        problem = f"seems to have {np.dtype(dtype).itemsize} bytes per id"
+        advice = f"or convert it: numpy.fromfile({str(path)!r}, {dtype!r}).astype('<u2')"
+    elif head.size and head.max() >= 50257:
+        problem = f"has the id {head.max()}, which GPT-2's vocabulary does not have"
+    if problem:
+        raise UserError(
+            f"{path} {problem}; without a meta.json it must have uint16 ids of GPT-2's tokenizer, "
+            f"as nanoGPT writes them; {advice}"
+        )
 
 
 def _read_meta(folder: Path) -> dict:
@@ -242,20 +303,21 @@ class Writer:
     """
 
     def __init__(self, folder: Path, vocab_size: int):
-        if folder.exists() and not (folder / "meta.json").is_file():
-            raise UserError(
-                f"{folder} exists and is not a data set made by prepare.py; use another name"
-            )
+        check_target(folder)
         self.folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
         self.vocab_size = vocab_size
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.n_tokens = dict.fromkeys(SPLITS, 0)
 
     def __enter__(self) -> "Writer":
-        self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(self._partial, ignore_errors=True)  # of a process that was killed
+        parent, name = self.folder.parent, self.folder.name
+        for leftover in parent.glob(f".{glob.escape(name)}.*.partial"):
+            _remove_if_dead(leftover)
+        self._partial = parent / f".{name}.{secrets.token_hex(4)}.partial"
         try:
             self._partial.mkdir(parents=True)
+            self._lock = filelock.FileLock(self._partial / LOCK)
+            self._lock.acquire()
             self._files = {name: open(self._partial / f"{name}.bin", "xb") for name in SPLITS}
             self._digests = {name: hashlib.sha256() for name in SPLITS}
         except BaseException:  # Python does not call __exit__ if __enter__ raises
@@ -296,15 +358,54 @@ class Writer:
         with open(self._partial / "meta.json", "x", encoding="utf-8") as file:
             json.dump(meta, file, ensure_ascii=False, indent=1)
             _sync(file)
-        if self.folder.exists():
+        self._lock.release()
+        (self._partial / LOCK).unlink(missing_ok=True)
+        others = {path.name for path in self.folder.glob("*")} - {*OUR_FILES}
+        if self.folder.exists() and not others:
             move_aside(self.folder)
-        self._partial.rename(self.folder)
+        if not self.folder.exists():
+            self._partial.rename(self.folder)
+            return meta
+        if (self.folder / "meta.json").exists():  # the user's files stay where they are
+            aside = free_name(self.folder.with_name(f"{self.folder.name}.1"))
+            aside.mkdir()
+            for name in reversed(OUR_FILES):
+                os.replace(self.folder / name, aside / name)
+            print(f"moved the older data set in {self.folder} to {aside}")
+        for name in OUR_FILES:
+            os.replace(self._partial / name, self.folder / name)
         return meta
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
+        self._lock.release()
         shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def check_target(folder: Path) -> None:
+    """Raise UserError if a data set cannot be written to `folder`.
+
+    It may have an older data set, or files that are not a data set's, such as its text.
+    """
+    foreign = not (folder / "meta.json").is_file() and any(
+        (folder / name).exists() for name in (*OUR_FILES, "meta.pkl")
+    )
+    if (folder.exists() and not folder.is_dir()) or foreign:
+        raise UserError(
+            f"{folder} exists and is not a data set made by prepare.py; use another name"
+        )
+
+
+def _remove_if_dead(partial: Path) -> None:
+    """Remove what a killed prepare.py left: a folder with our lock file, which nobody holds."""
+    if not (partial / LOCK).is_file():
+        return
+    lock = filelock.FileLock(partial / LOCK, timeout=0)
+    with suppress(OSError, filelock.Timeout):
+        lock.acquire()
+        lock.release()
+        shutil.rmtree(partial)
 
 
 def _sync(file: IO) -> None:

@@ -1,27 +1,31 @@
 """Reads documents from files, folders, globs, URLs and JSON lines.
 
-A plain file is one document, and so is each line of JSON lines (.jsonl, .ndjson). Both may be .gz.
-A folder or a glob means its text files, sorted by name. Two inputs are part of Python: `pydocs`,
-the language reference, and `pystdlib`, the source of the standard library.
+A plain file is one document, or with a separator each of its parts is. Each line of JSON lines
+(.jsonl, .ndjson) is one. Files may be compressed (.gz, .bz2, .xz). A folder or a glob means its
+text files, sorted by name. Two inputs are part of Python: `pydocs`, the language reference, and
+`pystdlib`, the source of the standard library.
 """
 
-import codecs
+import dataclasses
 import glob
-import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
+import stat
 import sys
 import sysconfig
 import unicodedata
-import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from data import formats
 from data.download import fetch
 from data.errors import UserError
 
@@ -35,102 +39,252 @@ KNOWN = {  # downloads whose digest is pinned
     }
 }
 PART_OF_PYTHON = ("pydocs", "pystdlib")
-JSON_LINES = (".jsonl", ".ndjson")
-SNIFF_BYTES = 1 << 13  # a zero byte in the first ones means a binary file, as in git
+STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 PIECE_BYTES = 1 << 18  # text that is encoded at a time: enough to be worth a thread's while
 TAIL_BYTES = 1 << 12  # end of a piece that is searched for a good place to end it
+CONTEXT_BYTES = 1 << 8  # before an offset, in which the start of its character is
 
 
-class Document(NamedTuple):
-    data: bytes  # UTF-8, not validated yet
+class Piece(NamedTuple):
+    """A part of a document that is encoded on its own."""
+
+    text: str
+    n_bytes: int
     source: str  # a file, or a line of it
-    offset: int = 0  # of the data in the source, in bytes
+    n_chars_before: int  # in the document
+    n_lines_before: int
 
-    def cut(self, start: int, end: int) -> "Document":
-        """The part between two byte offsets, each moved back to the start of a character."""
-        start, end = (_character_start(self.data, offset) for offset in (start, end))
-        return Document(self.data[start:end], self.source, self.offset + start)
+    def locate(self, index: int) -> str:
+        """Where a character of the text is."""
+        line = self.n_lines_before + self.text.count("\n", 0, index) + 1
+        return f"{self.source}, character {self.n_chars_before + index + 1:,} (line {line:,})"
 
-    def pieces(self) -> Iterator[str]:
-        """Yield the text in pieces of at most PIECE_BYTES.
+
+@dataclass
+class Document:
+    """UTF-8 text that can be read again and again, in blocks that end between characters."""
+
+    source: str
+    blocks: Callable[[], Iterator[bytes]]
+
+    @staticmethod
+    def of(data: bytes, source: str) -> "Document":
+        """A document in memory."""
+        return Document(source, lambda: iter((data,)))
+
+    def size(self) -> int:
+        """Its bytes."""
+        return sum(map(len, self.blocks()))
+
+    def digest(self) -> bytes:
+        """The SHA-256 of its text."""
+        digest = hashlib.sha256()
+        for block in self.blocks():
+            digest.update(block)
+        return digest.digest()
+
+    def boundary(self, offset: int) -> int:
+        """`offset`, moved back to the start of a character."""
+        n_before = min(offset, CONTEXT_BYTES)
+        window = b"".join(_between(self.blocks(), offset - n_before, offset + 4))
+        return offset - n_before + character_start(window, n_before)
+
+    def pieces(self, begin: int = 0, end: int | None = None) -> Iterator[Piece]:
+        """Yield the text between two boundaries in pieces of at most PIECE_BYTES.
 
         A piece ends before whitespace, where GPT-2's tokenizer ends a token anyway, unless a word
-        is longer than TAIL_BYTES. Raises UserError if the bytes are not UTF-8.
+        is longer than TAIL_BYTES.
         """
-        start = 0
-        while start < len(self.data):
-            end = _piece_end(self.data, start)
-            try:
-                yield self.data[start:end].decode()
-            except UnicodeDecodeError as error:
-                bad = start + error.start
-                raise UserError(
-                    f"{self.source} is not UTF-8: byte 0x{self.data[bad]:02x} at offset "
-                    f"{self.offset + bad:,}"
-                ) from None
-            start = end
+        data, n_chars, n_lines = bytearray(), 0, 0
+        for block in itertools.chain(_between(self.blocks(), begin, end), (b"",)):
+            data += block
+            start = 0
+            while start < len(data) and (len(data) - start > PIECE_BYTES or not block):
+                stop = _piece_end(data, start)
+                text = data[start:stop].decode()
+                yield Piece(text, stop - start, self.source, n_chars, n_lines)
+                n_chars, n_lines, start = n_chars + len(text), n_lines + text.count("\n"), stop
+            del data[:start]
 
 
+def _between(blocks: Iterator[bytes], begin: int, end: int | None) -> Iterator[bytes]:
+    """The bytes from `begin` to `end` of a stream of blocks."""
+    position = 0
+    for block in blocks:
+        if end is not None and position >= end:
+            return
+        yield block[max(0, begin - position) : None if end is None else end - position]
+        position += len(block)
+
+
+def character_start(data: bytes, offset: int) -> int:
+    """The start of the character at `offset`, with all that Unicode may compose it with."""
+    for start in range(offset, max(-1, offset - CONTEXT_BYTES), -1):
+        if 0 < start < len(data):
+            if data[start] & 0xC0 == 0x80:
+                continue
+            before = data[max(0, start - 16) : start].decode(errors="ignore")
+            after = data[start : start + 4].decode(errors="ignore")[:1]
+            if after > "\x7f" and not _apart(before, after):
+                continue
+        return start
+    while 0 < offset < len(data) and data[offset] & 0xC0 == 0x80:  # at least no half of one
+        offset -= 1
+    return offset
+
+
+def _apart(before: str, after: str) -> bool:
+    """Whether normalizing two texts on their own is normalizing both together."""
+    if unicodedata.combining(after):
+        return False
+    whole = unicodedata.normalize("NFKC", before + after)
+    return whole == unicodedata.normalize("NFKC", before) + unicodedata.normalize("NFKC", after)
+
+
+def _piece_end(data: bytes, start: int) -> int:
+    """Where the piece that starts at `start` ends."""
+    if start + PIECE_BYTES >= len(data):
+        return len(data)
+    end = character_start(data, start + PIECE_BYTES)
+    if end <= start:  # nothing but combining marks
+        end = start + PIECE_BYTES
+        while data[end] & 0xC0 == 0x80:
+            end -= 1
+    tail = data[max(start, end - TAIL_BYTES) : end].decode(errors="surrogateescape")
+    if breaks := [match.start() for match in re.finditer(r"(?<=\S)[ \n]", tail)]:
+        return end - len(tail[breaks[-1] :].encode(errors="surrogateescape"))
+    return end
+
+
+@dataclass
 class Corpus:
-    """The documents of some inputs; each iteration reads them again, in the same order."""
+    """The documents of some inputs; each iteration reads them again, in the same order.
 
-    def __init__(self, inputs: tuple[str, ...], field: str, downloads: Path):
+    `notes` says what was noticed in the last iteration, as {what: how often}.
+    """
+
+    inputs: tuple[str, ...]
+    downloads: Path  # where URLs and standard input are stored
+    field: str = "text"  # of JSON lines; a.b is b in a
+    separator: str = ""  # between the documents of a plain file
+    encoding: str = ""  # of plain files; empty: by the byte-order mark, or UTF-8
+    errors: str = "strict"  # or replace: what cannot be decoded becomes U+FFFD
+    skip_bad_lines: bool = False  # of JSON lines
+    notes: Counter = dataclasses.field(default_factory=Counter)
+
+    def __post_init__(self):
         """Find the files; raises UserError for an input that does not exist or is empty."""
-        self.field = field
-        self.sources = [_describe(word) for word in inputs]
-        self.files = [found for word in inputs for found in _find(word, downloads)]
-        self.skipped: set[Path] = set()  # binary files in folders and globs
+        self.sources = [_describe(word) for word in self.inputs]
+        self.files = [found for word in self.inputs for found in _find(word, self.downloads)]
+
+    @property
+    def has_json_lines(self) -> bool:
+        """Whether a file has JSON lines, judged by their names."""
+        paths = [path for path, _ in self.files if path]
+        return any(formats.is_json_lines(path, formats.read_head(path)) for path in paths)
 
     def __iter__(self) -> Iterator[Document]:
+        self.notes.clear()
         for path, named in self.files:
             if path is None:
-                yield Document(_language_reference(), "pydocs")
+                yield Document.of(_language_reference(), "pydocs")
             else:
                 yield from self._read(path, named)
 
     def _read(self, path: Path, named: bool) -> Iterator[Document]:
-        try:
-            with _open(path) as file:
-                if b"\0" in file.read(SNIFF_BYTES):
-                    if named:
-                        raise UserError(
-                            f"{path} is not text: it contains zero bytes "
-                            "(if it is UTF-16: iconv -f utf-16 -t utf-8)"
-                        )
-                    self.skipped.add(path)
-                    return
-                file.seek(0)
-                if Path(path.name.lower().removesuffix(".gz")).suffix in JSON_LINES:
-                    yield from self._read_lines(path, file)
-                elif data := file.read().removeprefix(codecs.BOM_UTF8):
-                    yield Document(data, str(path))
-                elif named:
-                    raise UserError(f"{path} is empty")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is a broken .gz file: {error}") from None
+        head = formats.read_head(path)
+        if not head and named:
+            raise UserError(f"{path} is empty")
+        if problem := formats.other_format(path, head):
+            if named:
+                raise UserError(f"{path} is {problem}")
+            self.notes[f"files left out: {problem.split(':')[0]} ({path.name}, say)"] += 1
+        elif formats.is_json_lines(path, head):
+            yield from self._read_json_lines(path)
+        elif not self.encoding and formats.is_binary(head) and self.errors == "strict":
+            if named:
+                raise UserError(
+                    f"{path} is not text: it contains zero bytes (if it is UTF-16: "
+                    "--encoding=utf-16-le)"
+                )
+            self.notes["binary files left out"] += 1
+        elif head:
+            yield from self._read_plain(path)
 
-    def _read_lines(self, path: Path, file: BinaryIO) -> Iterator[Document]:
-        for number, line in enumerate(file, 1):
-            source = f"{path}, line {number}"
-            if line.strip() and (data := _text_of(line, source, self.field)):
-                yield Document(data, source)
+    def _blocks(self, path: Path, first: bool = False) -> Iterator[bytes]:
+        """A file as UTF-8; what is noticed is counted when it is read for the first time."""
+        counts = self.notes if first else Counter()
+        for block in formats.utf8_blocks(path, self.encoding, self.errors, counts):
+            counts["lines that end in CRLF"] += block.count(b"\r\n")
+            yield block
+
+    def _read_plain(self, path: Path) -> Iterator[Document]:
+        if not self.separator:
+            blocks = itertools.chain((True,), itertools.repeat(False))
+            yield Document(str(path), lambda: self._blocks(path, next(blocks)))
+            return
+        separator, data, number = self.separator.encode(), b"", 0
+        for block in itertools.chain(self._blocks(path, True), (None,)):
+            *parts, data = (data + (block or b"")).split(separator)
+            if block is None:
+                parts.append(data)
+            for part in parts:
+                number += 1
+                if part := part.strip(b"\r\n"):
+                    yield Document.of(part, f"{path}, document {number}")
+
+    def _read_json_lines(self, path: Path) -> Iterator[Document]:
+        number, data = 0, b""
+        for block in itertools.chain(self._blocks(path, True), (None,)):
+            *lines, data = (data + (block or b"")).split(b"\n")
+            if block is None:
+                lines.append(data)
+            for line in lines:
+                number += 1
+                source = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    if text := _text_of(line, source, self.field):
+                        yield Document.of(text, source)
+                except UserError as error:
+                    if not self.skip_bad_lines:
+                        raise UserError(
+                            f"{error}; --skip_bad_lines leaves such lines out"
+                        ) from None
+                    self.notes["bad lines left out"] += 1
 
 
 def _text_of(line: bytes, source: str, field: str) -> bytes:
-    """Return the text in a field of a line of JSON."""
+    """Return the text in a field of a line of JSON; of a list of messages "role: content" lines."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
     if type(record) is not dict:
         raise UserError(f"{source}: not a JSON object")
-    if type(text := record.get(field)) is not str:
-        names = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{source}: no text in field {field!r} (--field); its fields: {names}")
+    text = record
+    for name in (field,) if field in record else field.split("."):
+        if type(text) is not dict or name not in text:
+            names = ", ".join(map(repr, text if type(text) is dict else record)) or "none"
+            raise UserError(f"{source}: no field {field!r} (--field); its fields: {names}")
+        text = text[name]
+    if type(text) is list and text and all(_is_message(item) for item in text):
+        text = "\n".join(f"{item['role']}: {item['content']}" for item in text)
+    if type(text) is not str:
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        raise UserError(f"{source}: field {field!r} is {kind}, not text")
     try:
         return text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{source}: not Unicode: the text has a lone surrogate") from None
+
+
+def _is_message(item: object) -> bool:
+    return type(item) is dict and all(type(item.get(key)) is str for key in ("role", "content"))
+
+
+# ---- inputs -> files ----------------------------------------------------------------------------
 
 
 def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
@@ -143,7 +297,11 @@ def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
         return [(path, False) for path in _standard_library()]
     if word.lower().startswith(("http://", "https://")):
         return [(_download(word, downloads), True)]
+    if re.match(r"\w+://", word):
+        raise UserError(f"input {word}: only http:// and https:// URLs can be read; name the file")
     path = Path(word)
+    if word in STANDARD_INPUT or (path.exists() and stat.S_ISFIFO(path.stat().st_mode)):
+        return [(_spool(word, downloads), True)]
     if path.is_dir():
         files = sorted(_walk(path), key=Path.as_posix)
     elif path.is_file():
@@ -159,6 +317,21 @@ def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
     return [(path, False) for path in files]
 
 
+def _spool(word: str, downloads: Path) -> Path:
+    """Copy what can be read only once into a file."""
+    downloads.mkdir(parents=True, exist_ok=True)
+    source = sys.stdin.buffer if word in STANDARD_INPUT else open(word, "rb")
+    digest, path = hashlib.sha256(), downloads / f"stdin.{os.getpid()}"
+    with open(path, "wb") as file:
+        while block := source.read(formats.BLOCK_BYTES):
+            digest.update(block)
+            file.write(block)
+    final = downloads / digest.hexdigest()[:16] / "stdin"
+    final.parent.mkdir(exist_ok=True)
+    os.replace(path, final)
+    return final
+
+
 def _expand(pattern: Path) -> Iterator[Path]:
     """The matches of a glob; ** follows no symlinks, and matches hidden names only if asked to."""
     root = Path(pattern.anchor)
@@ -170,13 +343,22 @@ def _expand(pattern: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, without hidden ones; raises OSError if one cannot be read."""
+    """The files below a folder, without hidden ones. A linked folder is entered once.
+
+    Raises OSError if a folder cannot be read.
+    """
 
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    entered = set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
         for name in names:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():
@@ -226,39 +408,3 @@ def _download(url: str, downloads: Path) -> Path:
             f"{error}; if you have the file: prepare.py with --input=FILE; "
             "without a network: python prepare.py pydocs"
         ) from None
-
-
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
-
-
-def _character_start(data: bytes, offset: int) -> int:
-    """The start of the character at `offset`; combining marks belong to their base character."""
-    for start in range(offset, max(-1, offset - 64), -1):
-        if 0 < start < len(data):
-            character = data[start : start + 4].decode(errors="ignore")[:1]
-            inside = data[start] & 0xC0 == 0x80
-            if inside or (character and unicodedata.combining(character)):
-                continue
-        return start
-    return _byte_boundary(data, offset)
-
-
-def _byte_boundary(data: bytes, offset: int) -> int:
-    """The start of the UTF-8 sequence at `offset`."""
-    while data[offset] & 0xC0 == 0x80:
-        offset -= 1
-    return offset
-
-
-def _piece_end(data: bytes, start: int) -> int:
-    """Where the piece that starts at `start` ends."""
-    if start + PIECE_BYTES >= len(data):
-        return len(data)
-    end = _character_start(data, start + PIECE_BYTES)
-    if end <= start:  # nothing but combining marks
-        end = _byte_boundary(data, start + PIECE_BYTES)
-    tail = data[max(start, end - TAIL_BYTES) : end].decode(errors="surrogateescape")
-    if breaks := [match.start() for match in re.finditer(r"(?<=\S)[ \n]", tail)]:
-        return end - len(tail[breaks[-1] :].encode(errors="surrogateescape"))
-    return end

@@ -30,6 +30,19 @@ END_OF_TEXT = "<|endoftext|>"
 EXPORTED = "folio_tokenizer.json"  # what convert.py writes beside transformers' files
 
 
+class UnknownCharacters(UserError):
+    """A text has characters without a token; `index` is the first one's, `names` has them all."""
+
+    def __init__(self, text: str, unknown: np.ndarray):
+        first = {text[i]: int(i) for i in reversed(unknown)}
+        in_order = sorted(first, key=first.get)
+        places = [f"{c!r} (U+{ord(c):04X}, character {first[c] + 1})" for c in in_order[:5]]
+        more = f" and {len(in_order) - 5} more" if len(in_order) > 5 else ""
+        super().__init__(f"the vocabulary has no {', '.join(places)}{more}")
+        self.index = int(unknown[0])
+        self.names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in in_order[:5]) + more
+
+
 class Tokenizer:
     """The base class. `normalize` is the Unicode form that text is converted to, or empty."""
 
@@ -38,8 +51,15 @@ class Tokenizer:
     end_of_text: int | None = None
     normalize = ""
 
-    def encode(self, text: str) -> np.ndarray:
-        return self._encode(normalized(text, self.normalize))
+    def encode(self, text: str, end_of_text: bool = False) -> np.ndarray:
+        """The ids of a text; with `end_of_text`, <|endoftext|> in it becomes that token."""
+        parts = [text]
+        if end_of_text and self.end_of_text is not None:
+            parts = text.split(END_OF_TEXT)
+        ids = [self._encode(normalized(part, self.normalize)) for part in parts]
+        for i in range(len(ids) - 1, 0, -1):
+            ids.insert(i, np.array([self.end_of_text], np.uint32))
+        return np.concatenate(ids)
 
     def _encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
@@ -89,11 +109,7 @@ class CharTokenizer(Tokenizer):
         ids = self._id_of.take(_code_points(text), mode="clip")
         unknown = np.flatnonzero(ids == self.vocab_size)
         if len(unknown):
-            first = {text[i]: int(i) for i in reversed(unknown)}
-            in_order = sorted(first, key=first.get)
-            named = [f"{c!r} (U+{ord(c):04X}, character {first[c] + 1})" for c in in_order[:5]]
-            more = f" and {len(in_order) - 5} more" if len(in_order) > 5 else ""
-            raise UserError(f"the vocabulary has no {', '.join(named)}{more}")
+            raise UnknownCharacters(text, unknown)
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -160,7 +176,7 @@ class BytePairTokenizer(Tokenizer):
         return cls([bytes(token) for token, _ in ranked[256:]])
 
     def _encode(self, text: str) -> np.ndarray:
-        try:  # <|endoftext|> inside a text is encoded as text, so that no document can forge it
+        try:  # as text, also <|endoftext|>, so that no document can forge the end of one
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError as error:  # a run of spaces too long for tiktoken's regex engine
             raise UserError(f"the tokenizer cannot encode this text: {error}") from None

@@ -7,7 +7,6 @@ generate() does what model.generate() does, but computes each token once.
 """
 
 import codecs
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +25,6 @@ from model import GPT, GPTConfig, LanguageModel
 
 BFLOAT16_WIDTH = 256  # smallest n_embd for which bfloat16 is faster on a CPU with small batches
 CHUNK_TOKENS = 32  # tokens that are generated per sample before they are decoded
-ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
 @dataclass
@@ -36,7 +34,7 @@ class Sampling:
     temperature: Annotated[float, "[0, inf)"] = 0.8  # 0: greedy
     top_k: Annotated[int, "[1, inf)"] = 200  # sample from the k most likely tokens
     top_p: Annotated[float, "(0, 1]"] = 1.0  # and from the fewest of them with this probability
-    stop: str = ""  # end a sample before this text; escapes as in the prompt
+    stop: tuple[str, ...] = ()  # end a sample before any of these texts; escapes as in the prompt
     seed: Annotated[int, "[0, inf)"] = 1337  # the same seed gives the same text
 
 
@@ -183,11 +181,6 @@ def prepare_for_sampling(model: LanguageModel, dtype: str = "auto") -> None:
 # ---- prompts and texts --------------------------------------------------------------------------
 
 
-def unescape(text: str) -> str:
-    r"""Replace the escapes \n, \t, \r and \\."""
-    return re.sub(r"\\[ntr\\]", lambda match: ESCAPES[match[0]], text)
-
-
 def encode_prompt(tok: Tokenizer, prompt: str, seed: int) -> np.ndarray:
     """Return the ids (T,) of a prompt; raises UserError for an unknown character.
 
@@ -198,7 +191,7 @@ def encode_prompt(tok: Tokenizer, prompt: str, seed: int) -> np.ndarray:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"character {error.start + 1} of the prompt is not Unicode") from None
-        return tok.encode(prompt)
+        return tok.encode(prompt, end_of_text=True)
     if tok.end_of_text is not None:
         return np.array([tok.end_of_text])
     try:
@@ -264,11 +257,12 @@ def generate_texts(
 
 
 class TextStream:
-    """Decodes ids as they come: complete characters only, and nothing from `stop` on."""
+    """Decodes ids as they come: complete characters only, and nothing from a text of `stop` on."""
 
-    def __init__(self, tok: Tokenizer, stop: str = ""):
-        self.tok, self.stop, self.ids, self.ended = tok, stop, [], False
-        self._ready, self._held_back = [], ""  # final text; text that may turn out to be `stop`
+    def __init__(self, tok: Tokenizer, stop: tuple[str, ...] = ()):
+        self.tok, self.ids, self.ended = tok, [], False
+        self._stop = tuple(filter(None, stop))
+        self._ready, self._held_back = [], ""  # final text; text that may be a start of a stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, i: int) -> None:
@@ -279,12 +273,12 @@ class TextStream:
         if i == self.tok.end_of_text:
             return self.finish()
         text = self._held_back + self._utf8.decode(self.tok.decode_bytes([i]))
-        if self.stop and self.stop in text:
+        if found := [text.index(stop) for stop in self._stop if stop in text]:
             self.ended = True
-            self._ready.append(text.partition(self.stop)[0])
+            self._ready.append(text[: min(found)])
             return
-        starts_of_stop = (n for n in range(len(self.stop), 0, -1) if text.endswith(self.stop[:n]))
-        end = len(text) - next(starts_of_stop, 0)
+        n_held_back = max((_overlap(text, stop) for stop in self._stop), default=0)
+        end = len(text) - n_held_back
         self._ready.append(text[:end])
         self._held_back = text[end:]
 
@@ -299,3 +293,8 @@ class TextStream:
         text = "".join(self._ready)
         self._ready.clear()
         return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of a text that is a start of `stop`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -7,7 +7,9 @@ Each script declares its options as one flat dataclass. The type of a field defi
     n_layer: Annotated[int, "[1, inf)"] = 12               a whole number in that interval
     schedule: Literal["cosine", "linear"] = "cosine"       one of these
     compile: Literal["auto", True, False] = "auto"         one of these; --compile alone is True
-    input: tuple[str, ...] = ()                            all words up to the next --option
+    out_dir: PathStr = "out/run"                           a path, in which ~ is the home folder
+    input: tuple[str, ...] = ()                            all words up to the next --option; each
+                                                           further --input adds to them
 
 Arguments apply from left to right; later ones win. An argument that ends in .py is a recipe: a
 Python file whose plain assignments are options. Recipes are the user's own code and are executed;
@@ -18,6 +20,7 @@ the right option for a wrong one.
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import runpy
 import types
@@ -27,6 +30,10 @@ from pathlib import Path
 from data.errors import UserError
 
 WORDS = tuple[str, ...]  # the type of an option that takes several words
+PathStr = typing.Annotated[str, "path"]
+PathStrs = typing.Annotated[WORDS, "path"]
+ALIASES = {"lr": "learning_rate"}
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 LARGEST_INT = 2**53  # above it, a whole number is not exact as a float
 
 
@@ -43,7 +50,7 @@ def read_options(
     unknown option or a value out of range.
     """
     types_of = typing.get_type_hints(cls, include_extras=True)
-    values, recipes = {}, []
+    values, recipes, from_argv = {}, [], set()
 
     def put(name: str, value: object, source: str) -> None:
         if name not in types_of:
@@ -61,6 +68,7 @@ def read_options(
             raise SystemExit(0)
         if word.startswith("--") and len(word) > 2:
             name, has_value, text = word[2:].partition("=")
+            name = name if name in types_of else ALIASES.get(name, name)
             if name not in types_of:
                 put(name, text, "command line")
             if not has_value and True in _choices(types_of[name]):
@@ -70,18 +78,19 @@ def read_options(
                     raise UserError(f"command line: --{name} needs a value: --{name}=VALUE")
                 text = words.pop(0)
             value = _parse(text, types_of[name])
-            if types_of[name] == WORDS:
-                value = (text,)
+            if _base(types_of[name]) == WORDS:
+                value = (*(values[name] if name in from_argv else ()), text)
                 while not has_value and words and not words[0].startswith("--"):
                     value += (words.pop(0),)
             put(name, value, "command line")
+            from_argv.add(name)
         elif word.endswith(".py"):
             for name, value in _run_recipe(word).items():
                 put(name, value, word)
             recipes.append(word)
         elif unfilled and not word.startswith("-"):
             name = unfilled[0]
-            if types_of[name] == WORDS:  # takes all remaining words
+            if _base(types_of[name]) == WORDS:  # takes all remaining words
                 put(name, (*values.get(name, ()), word), "command line")
             else:
                 put(unfilled.pop(0), _parse(word, types_of[name]), "command line")
@@ -135,12 +144,17 @@ def _is_literal(hint: object) -> bool:
     return typing.get_origin(hint) is typing.Literal
 
 
+def _base(hint: object) -> object:
+    """A type without its annotation."""
+    return hint.__origin__ if hasattr(hint, "__metadata__") else hint
+
+
 def _parse(text: str, hint: object) -> object:
     """Convert an argument to the type of its option; _check validates the result."""
     for choice in _choices(hint):
         if text.lower() == str(choice).lower():
             return choice
-    base = hint.__origin__ if hasattr(hint, "__metadata__") else hint
+    base = _base(hint)
     if base in (int, float):
         try:
             return base(text)
@@ -155,9 +169,13 @@ def _check(name: str, value: object, hint: object, source: str) -> object:
         if value is None:
             return None
         hint = typing.get_args(hint)[0]
-    base, interval = hint, ""
-    if hasattr(hint, "__metadata__"):
-        base, interval = hint.__origin__, hint.__metadata__[0]
+    base, interval = _base(hint), getattr(hint, "__metadata__", ("",))[0]
+    if interval == "path":
+        interval = ""
+        if type(value) is str:
+            value = expand_path(value)
+        elif type(value) is tuple:
+            value = tuple(map(expand_path, value))
     if choices := _choices(hint):
         good = any(type(value) is type(choice) and value == choice for choice in choices)
         wanted = f"one of {_join_choices(hint)}"
@@ -181,6 +199,21 @@ def _is_inside(value: float, interval: str) -> bool:
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
     return above and below
+
+
+def expand_path(path: str) -> str:
+    """A path with ~ replaced, as the file system wants it: bytes in UTF-8, whatever the locale."""
+    if path.startswith("~"):  # which a shell leaves after =
+        path = os.path.expanduser(path)
+    try:
+        return os.fsdecode(path.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return path
+
+
+def unescape(text: str) -> str:
+    r"""Replace the escapes \n, \t, \r and \\."""
+    return re.sub(r"\\[ntr\\]", lambda match: ESCAPES[match[0]], text)
 
 
 def _suggest(name: str, types_of: dict, hints: dict[str, str] | None) -> str:

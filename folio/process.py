@@ -39,9 +39,11 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # not in a notebook
                 stream.reconfigure(errors="replace")  # no encoding error may end a run
+        if argv is None:  # in UTF-8, whatever the locale
+            argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
         with _sigterm_exits():
             try:
-                return main(sys.argv[1:] if argv is None else argv) or 0
+                return main(argv) or 0
             except UserError as error:
                 message, code = error, 2
             except BrokenPipeError:  # the reader closed the pipe, as in `sample.py | head`

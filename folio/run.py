@@ -18,10 +18,10 @@ from data.tokenizer import Tokenizer
 from folio import checkpoint, machine, run_folder
 from folio.batch import split_loss
 from folio.checkpoint import Checkpoint
-from folio.generation import Sampling, batches, encode_prompt, generate_texts, unescape
+from folio.generation import Sampling, batches, encode_prompt, generate_texts
 from folio.metrics import Clock
 from folio.optim import DivergenceGuard, make_optimizers
-from folio.options import build_options
+from folio.options import build_options, unescape
 from folio.process import StopSignals
 from model import MODELS, GPTConfig, LanguageModel
 

@@ -1,0 +1,187 @@
+"""Text files of any kind as UTF-8: decompressed, decoded, and other formats called by their names.
+
+Compression and formats are told by the first bytes of a file, tables and JSON also by its ending.
+"""
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from data.errors import UserError
+
+BLOCK_BYTES = 1 << 20  # read at a time
+SNIFF_BYTES = 1 << 13  # a zero byte in the first ones means a binary file, as in git
+COMPRESSIONS = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
+COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz")
+BROKEN = (EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged one raises; or OSError
+JSON_LINES = (".jsonl", ".ndjson")
+BOMS = {  # byte-order marks; that of UTF-32 starts with that of UTF-16
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+HTML = re.compile(  # a comment ends at its first -->, so that there is only one way to match
+    rb"(\s|<!--((?!-->).)*-->|<\?xml((?!\?>).)*\?>)*<(!doctype html|html)",
+    re.DOTALL | re.IGNORECASE,
+)
+TABLE = (
+    "python -c \"import csv, json; [print(json.dumps(row)) for row in csv.DictReader(open('{path}', "
+    "newline=''){delimiter})]\" > {stem}.jsonl; or rename it to .txt to train on it as it is"
+)
+FORMATS = [  # first bytes, endings, name, what to do
+    (b"PK\3\4", (".docx",), "a Word document", "pandoc {path} -t plain -o {stem}.txt"),
+    (b"PK\3\4", (".odt", ".epub"), "a document", "pandoc {path} -t plain -o {stem}.txt"),
+    (b"PK\3\4", (".xlsx",), "a spreadsheet", "export it as CSV"),
+    (b"PK\3\4", (), "a zip archive", "unzip {path} -d {stem}, then use --input={stem}"),
+    (b"%PDF", (), "a PDF", "pdftotext {path} {stem}.txt"),
+    (b"PAR1", (), "a Parquet file", "python -c \"import pandas; pandas.read_parquet('{path}')."
+     "to_json('{stem}.jsonl', orient='records', lines=True)\""),
+    (b"{\\rtf", (), "an RTF document", "pandoc {path} -t plain -o {stem}.txt"),
+    (b"\x28\xb5\x2f\xfd", (), "compressed by zstd", "zstd -d {path}"),
+    (b"7z\xbc\xaf", (), "a 7z archive", "7z x {path}"),
+    (b"Rar!", (), "a rar archive", "unrar x {path}"),
+    (b"\xd0\xcf\x11\xe0", (), "an old Office document", "libreoffice --convert-to txt {path}"),
+    (None, (".csv",), "a table", TABLE.replace("{delimiter}", "")),
+    (None, (".tsv",), "a table", TABLE.replace("{delimiter}", ", delimiter='\\t'")),
+]  # fmt: skip
+ONE_JSON = (
+    "python -c \"import json; [print(json.dumps(r)) for r in json.load(open('{path}'))]\" "
+    "> {stem}.jsonl, if it is a list"
+)
+
+
+def other_format(path: Path, head: bytes) -> str:
+    """What a file is instead of a text, and what to do with it; empty if it may be a text."""
+    ending = path.suffix.lower()
+    found = None
+    for start, endings, name, advice in FORMATS:
+        matches = start is None or head.startswith(start)
+        if matches and (ending in endings if endings else start is not None):
+            found = name, advice
+            break
+    if head[257:262] == b"ustar":
+        found = "a tar archive", "tar xf {path}, then use --input with its folder"
+    elif HTML.match(head.removeprefix(codecs.BOM_UTF8)):
+        found = "a web page (HTML)", "pandoc {path} -t plain -o {stem}.txt"
+    elif ending == ".json" and not is_json_lines(path, head):
+        found = "one JSON document, not a record per line", ONE_JSON
+    if found is None:
+        return ""
+    name, advice = found
+    stem = path.name.split(".")[0] or "text"
+    return f"{name}: {advice.replace('{path}', str(path)).replace('{stem}', stem)}"
+
+
+def is_json_lines(path: Path, head: bytes) -> bool:
+    """Whether a file has a JSON record per line, by its ending; .json if its first line is one."""
+    name = path.name.lower()
+    for ending in COMPRESSED_ENDINGS:
+        name = name.removesuffix(ending)
+    if name.endswith(".json"):
+        try:
+            first = head.lstrip(codecs.BOM_UTF8).lstrip().split(b"\n")[0]
+            return type(json.loads(first)) is dict
+        except (ValueError, RecursionError):
+            return len(head) >= SNIFF_BYTES and b"\n" not in head and head.startswith(b"{")
+    return name.endswith(JSON_LINES)
+
+
+def is_binary(head: bytes) -> bool:
+    """Whether a file has zero bytes and no byte-order mark to explain them."""
+    return b"\0" in head and not head.startswith(tuple(BOMS))
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    for magic, module in COMPRESSIONS.items():
+        if head.startswith(magic):
+            return module.open(path, "rb")
+    if path.suffix.lower() in COMPRESSED_ENDINGS:
+        raise UserError(f"{path} is a broken {path.suffix} file: it does not start like one")
+    return open(path, "rb")
+
+
+def read_head(path: Path) -> bytes:
+    """The first SNIFF_BYTES of a file, decompressed."""
+    try:
+        with open_binary(path) as file:
+            return file.read(SNIFF_BYTES)
+    except (*BROKEN, OSError) as error:
+        raise broken_file(path, error) from None
+
+
+def utf8_blocks(path: Path, encoding: str, errors: str, counts: Counter) -> Iterator[bytes]:
+    """Yield a file as UTF-8, in blocks that end between characters.
+
+    Without `encoding` the file's byte-order mark decides, and it is UTF-8 if it has none. Marks are
+    dropped. Raises UserError for bytes that cannot be decoded and for zero bytes, with their
+    offset; with errors="replace" they become U+FFFD, and `counts` says how many.
+    """
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        counts["bytes replaced"] += 1
+        return "\ufffd", error.end
+
+    codecs.register_error("folio.replace", replace)
+    try:
+        with open_binary(path) as file:
+            block, offset = file.read(BLOCK_BYTES), 0
+            found = next((name for bom, name in BOMS.items() if block.startswith(bom)), "utf-8")
+            handler = "folio.replace" if errors == "replace" else "strict"
+            decoder = codecs.getincrementaldecoder(encoding or found)(handler)
+            while block:
+                following = file.read(BLOCK_BYTES)
+                text = _decode(decoder, block, not following, path, offset)
+                if (n_marks := text.count("\ufeff")) > (offset == 0 and text[0] == "\ufeff"):
+                    counts["byte-order marks inside the text, dropped"] += n_marks
+                text = text.replace("\ufeff", "")
+                if "\0" in text:
+                    if errors != "replace":
+                        raise UserError(
+                            f"{path} has a zero byte at offset {offset + block.find(0):,}: it is "
+                            "damaged, or not text; --errors=replace reads it anyway"
+                        )
+                    counts["bytes replaced"] += text.count("\0")
+                    text = text.replace("\0", "\ufffd")
+                yield text.encode()
+                offset += len(block)
+                block = following
+    except LookupError:
+        raise UserError(f"--encoding={encoding} is not an encoding that Python knows") from None
+    except (*BROKEN, gzip.BadGzipFile) as error:
+        raise broken_file(path, error) from None
+
+
+def _decode(
+    decoder: codecs.IncrementalDecoder, block: bytes, final: bool, path: Path, offset: int
+) -> str:
+    """Decode the block at `offset`; raises UserError where that is impossible."""
+    n_pending = len(decoder.getstate()[0])  # bytes of the block before
+    try:
+        return decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        raise UserError(
+            f"{path} is not {error.encoding.upper()}: byte 0x{bad:02x} at offset "
+            f"{offset - n_pending + error.start:,}; use --encoding=latin-1, say, for another "
+            "encoding, or --errors=replace"
+        ) from None
+
+
+def broken_file(path: Path, error: Exception) -> Exception:
+    """What to raise for an error of a compressed file: UserError, unless the disk failed."""
+    if getattr(error, "errno", None) is not None:
+        return error
+    return UserError(f"{path} is damaged, or not compressed as its first bytes say: {error}")
