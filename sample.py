@@ -55,9 +55,7 @@ class SampleConfig(Sampling):
     interactive: bool = False  # read prompts from the terminal instead
 
     # the model
-    checkpoint: PathStr = (
-        ""  # a checkpoint, a run's or transformers' folder, gpt2*; empty: newest run
-    )
+    checkpoint: PathStr = ""  # checkpoint, run's or transformers' folder, gpt2*; empty: newest run
     cache_dir: PathStr = ""  # download folder for gpt2*; empty: Hugging Face's default cache
     device: str = "auto"  # cuda, mps, cpu; auto: the first that exists
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is faster

@@ -343,22 +343,23 @@ def _expand(pattern: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, without hidden ones. A linked folder is entered once.
+    """The files below a folder, without hidden ones.
 
-    Raises OSError if a folder cannot be read.
+    Linked folders are entered, but each folder once, and none that `folder` is in. Raises OSError
+    if a folder cannot be read.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
-    entered = set()
+    root = Path(os.path.realpath(folder))
+    entered = {root, *root.parents}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
+        for name in sorted(folders):
+            real = Path(os.path.realpath(Path(parent, name)))
+            if name.startswith(".") or real in entered:
+                folders.remove(name)
+            entered.add(real)
         for name in names:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():

@@ -35,8 +35,9 @@ HTML = re.compile(  # a comment ends at its first -->, so that there is only one
     re.DOTALL | re.IGNORECASE,
 )
 TABLE = (
-    "python -c \"import csv, json; [print(json.dumps(row)) for row in csv.DictReader(open('{path}', "
-    "newline=''){delimiter})]\" > {stem}.jsonl; or rename it to .txt to train on it as it is"
+    'python -c "import csv, json; [print(json.dumps(row)) for row in '
+    "csv.DictReader(open('{path}', newline=''){delimiter})]\" > {stem}.jsonl, then use --field; or "
+    "rename it to .txt to train on it as it is"
 )
 FORMATS = [  # first bytes, endings, name, what to do
     (b"PK\3\4", (".docx",), "a Word document", "pandoc {path} -t plain -o {stem}.txt"),
@@ -125,9 +126,10 @@ def read_head(path: Path) -> bytes:
 def utf8_blocks(path: Path, encoding: str, errors: str, counts: Counter) -> Iterator[bytes]:
     """Yield a file as UTF-8, in blocks that end between characters.
 
-    Without `encoding` the file's byte-order mark decides, and it is UTF-8 if it has none. Marks are
-    dropped. Raises UserError for bytes that cannot be decoded and for zero bytes, with their
-    offset; with errors="replace" they become U+FFFD, and `counts` says how many.
+    Without `encoding` the file's byte-order mark decides, and it is UTF-8 if it has none. Marks at
+    the start of the file or of a line are dropped. Raises UserError for bytes that cannot be
+    decoded and for zero bytes, with their offset; with errors="replace" they become U+FFFD, and
+    `counts` says how many.
     """
 
     def replace(error: UnicodeError) -> tuple[str, int]:
@@ -144,9 +146,11 @@ def utf8_blocks(path: Path, encoding: str, errors: str, counts: Counter) -> Iter
             while block:
                 following = file.read(BLOCK_BYTES)
                 text = _decode(decoder, block, not following, path, offset)
-                if (n_marks := text.count("\ufeff")) > (offset == 0 and text[0] == "\ufeff"):
+                if offset == 0:
+                    text = text.removeprefix("\ufeff")
+                if n_marks := text.count("\n\ufeff"):  # of files that were put together
                     counts["byte-order marks inside the text, dropped"] += n_marks
-                text = text.replace("\ufeff", "")
+                    text = text.replace("\n\ufeff", "\n")
                 if "\0" in text:
                     if errors != "replace":
                         raise UserError(

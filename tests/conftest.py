@@ -43,8 +43,8 @@ def text() -> str:
     """20,000 characters of real English that is on every machine."""
     from data.documents import Corpus
 
-    (document,) = Corpus(("pydocs",), "", Path())
-    return document.data.decode()[:20_000]
+    (document,) = Corpus(("pydocs",), Path())
+    return b"".join(document.blocks()).decode()[:20_000]
 
 
 @pytest.fixture(scope="session")

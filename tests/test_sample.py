@@ -128,7 +128,7 @@ def test_a_stream_shows_the_text_up_to_stop(text, stop, inside):
     if inside and text:
         stop = text[len(text) // 2 :][:3]
     tok = tokenizer.ByteTokenizer()
-    stream = TextStream(tok, stop)
+    stream = TextStream(tok, (stop,))
     shown = "".join(add(stream, i) for i in tok.encode(text).tolist())
     stream.finish()
     assert shown + stream.take() == (text.partition(stop)[0] if stop else text)
@@ -149,7 +149,7 @@ def test_a_character_cut_off_by_the_end_is_marked():
 
 
 def test_what_might_have_become_stop_is_shown_at_the_end():
-    stream = TextStream(tokenizer.ByteTokenizer(), stop="END")
+    stream = TextStream(tokenizer.ByteTokenizer(), stop=("END",))
     assert [add(stream, i) for i in b"xEN"] == ["x", "", ""]
     stream.finish()
     assert stream.take() == "EN"

@@ -57,7 +57,7 @@ def run(*command: str, cores: int = CORES) -> tuple[float, float, str]:
 def main() -> None:
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    library = [d.data.decode() for d in Corpus(("pystdlib",), "text", Path())]
+    library = [b"".join(d.blocks()).decode() for d in Corpus(("pystdlib",), Path())]
     with tempfile.TemporaryDirectory() as folder:
         lines, one = Path(folder) / "lines.jsonl", Path(folder) / "one.txt"
         size = 0
