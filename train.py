@@ -421,9 +421,8 @@ def run_to_end(run: Run) -> int:
                 raise
     except Diverged as error:
         failure = error
-    train_tokens, val_tokens = run.dataset.train.tokens, run.dataset.val.tokens
-    bigram_loss = bins.bigram_loss(train_tokens, val_tokens, run.dataset.vocab_size)
-    metrics.plot_losses(out_dir, bigram_loss)
+    train, val = run.dataset.train.tokens, run.dataset.val.tokens
+    metrics.plot_losses(out_dir, bins.bigram_loss(train, val, run.dataset.vocab_size))
     if failure:
         print(f"error: {failure}", file=sys.stderr)
         return 3
