@@ -4,27 +4,36 @@
     python convert.py ckpt.pt out/imported          a nanoGPT checkpoint with GPT-2's tokenizer
     python convert.py ckpt.pt out/imported --dataset=shakespeare_char       or a data set's
 
-A source that ends in .pt is nanoGPT's, and becomes a run's folder to sample from or to finetune.
+A file of torch.save() is nanoGPT's, and becomes a run's folder to sample from or to finetune.
 Any other source that sample.py accepts becomes a folder for transformers, if the model has only
-GPT-2's parts. The tokenizer is exported if transformers supports its kind (gpt2, bpe).
+GPT-2's parts. Its tokenizer goes with it, and gives the same ids there.
 """
 
+from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
 import json
+import math
+import re
+import secrets
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, fields
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from data import tokenizer
+from data import bins, tokenizer
 from data.errors import UserError
 from folio import checkpoint, gpt2, run_folder
-from folio.checkpoint import Checkpoint
+from folio.checkpoint import Checkpoint, is_torch_file
 from folio.options import PathStr, build_options, read_options
-from folio.process import script
 from model import GPT, GPTConfig
+
+NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+END_OF_TEXT_ROLES = ("bos_token", "eos_token", "unk_token")  # all the same token, as in GPT-2
 
 
 @dataclass
@@ -33,7 +42,7 @@ class ConvertConfig:
     target: PathStr = ""  # the folder to create
     dataset: PathStr = ""  # for ckpt.pt: the data set it was trained on; empty: GPT-2's tokenizer
     data_dir: PathStr = "data"  # the parent folder of all data sets
-    cache_dir: PathStr = ""  # download folder for gpt2*; empty: Hugging Face's default cache
+    cache_dir: PathStr = ""  # folder for models of the Hub; empty: Hugging Face's default cache
 
 
 @script
@@ -45,49 +54,56 @@ def main(argv: list[str]) -> None:
     target = Path(options.target)
     if target.exists():
         raise UserError(f"{target} exists already; use another name")
-    if options.source.endswith(".pt"):
+    if is_torch_file(Path(options.source)):
         import_nanogpt(Path(options.source), target, options)
     else:
         export(options.source, target, options.cache_dir)
 
 
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Create a folder atomically: yield a temporary one, then rename it to `target`."""
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def export(source: str, target: Path, cache_dir: str) -> None:
-    """Write a model as a folder for transformers, atomically."""
+    """Write a model as a folder for transformers."""
     ckpt = run_folder.open_checkpoint(source, cache_dir)
     model = checkpoint.build_model(ckpt)
     if not isinstance(model, GPT):
         raise UserError(f"{source} is a {ckpt.meta['model']} model, which transformers lacks")
-    tok = tokenizer.load(ckpt.meta["tokenizer"])
+    tok = checkpoint.load_tokenizer(ckpt)
     try:
         config = gpt2.config_to_gpt2(model.config)
     except ValueError as error:
-        raise UserError(f"{source}: {error}; only GPT-2's parts can be exported") from None
+        raise UserError(f"{source}: {error}") from None
     config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tok.end_of_text)
-    files = {"config.json": config, tokenizer.EXPORTED: tok.meta()}
-    if isinstance(tok, tokenizer.BytePairTokenizer):
-        end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.END_OF_TEXT)
-        files["tokenizer_config.json"] = {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": model.config.block_size,
-            "add_prefix_space": False,
-            **end,
-        }
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        for name, content in files.items():
-            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            (partial / name).write_text(text, encoding="utf-8")
-        if isinstance(tok, tokenizer.BytePairTokenizer):
-            for name, data in tok.files().items():
-                (partial / name).write_bytes(data)
+    files, has_end = tok.files(), tok.end_of_text is not None
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer" if "vocab.json" in files else "PreTrainedTokenizerFast",
+        "model_max_length": model.config.block_size,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(END_OF_TEXT_ROLES if has_end else (), tokenizer.END_OF_TEXT),
+    }
+    for name, content in {
+        "config.json": config,
+        "tokenizer_config.json": settings,
+        tokenizer.EXPORTED: tok.meta(),
+    }.items():
+        files[name] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    with new_folder(target) as folder:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
         tensors = gpt2.tensors_to_gpt2(model)
-        path = partial / "model.safetensors"
+        path = folder / "model.safetensors"
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"{target}: {model.n_params():,} parameters and {', '.join(sorted(files))}")
 
 
@@ -95,23 +111,23 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
     """Convert nanoGPT's ckpt.pt to a run's folder."""
     saved = load_nanogpt(path)
     try:
-        known = {field.name for field in fields(GPTConfig)}
-        sizes = {k: v for k, v in saved["model_args"].items() if k in known}
+        state = {gpt2.plain_name(name): t.float() for name, t in saved["model"].items()}
+        sizes = {"bias": "ln_f.bias" in state, **saved["model_args"]}
+        if unknown := sorted(sizes.keys() - NANOGPT_ARGS):
+            raise UserError(f"{path} is not nanoGPT's model: it has {', '.join(unknown)}")
         config = build_options(GPTConfig, {**sizes, "activation": "gelu"}, str(path))
-        # torch.compile adds a prefix
-        state = {k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()}
-        tensors = {
-            "model." + name.removeprefix("transformer."): tensor.float()
-            for name, tensor in state.items()
-            if name != "lm_head.weight" and not name.endswith((".attn.bias", ".attn.masked_bias"))
-        }
-        progress = {"iter_num": int(saved["iter_num"]), "val_loss": float(saved["best_val_loss"])}
+        loss = float(saved["best_val_loss"])  # 1e9: it was not evaluated
+        progress = {"iter_num": int(saved["iter_num"]), "val_loss": loss if loss < 1e9 else None}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is not a nanoGPT checkpoint ({reason})") from None
+    try:
+        tensors = {f"model.{name}": t for name, t in gpt2.tie_head(state).items()}
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     tok_meta = {"kind": "gpt2"}
     if options.dataset:
-        tok_meta = tokenizer.stored_in(Path(options.data_dir) / options.dataset)
+        tok_meta = tokenizer.stored_in(bins.find(Path(options.data_dir), options.dataset))
     meta = {
         "run_id": "nanogpt",
         "model": "gpt",
@@ -125,16 +141,19 @@ def import_nanogpt(path: Path, target: Path, options: ConvertConfig) -> None:
     }
     checkpoint.check_model(Checkpoint(path, tensors, meta))
     tok = tokenizer.load(tok_meta)
-    if tok.vocab_size > config.vocab_size:
+    padded = 64 * math.ceil(tok.vocab_size / 64)  # as nanoGPT pads GPT-2's vocabulary
+    if config.vocab_size not in (tok.vocab_size, padded if tok.kind == "gpt2" else 0):
         raise UserError(
             f"{path} has {config.vocab_size} ids and the {tok.kind} tokenizer {tok.vocab_size}: "
             "use --dataset=NAME with the data set that it was trained on"
         )
-    target.mkdir(parents=True)
-    run_folder.save_run(target, tensors, meta, best=True, snapshot=False, keep=0)
-    loss = progress["val_loss"]
+    with new_folder(target) as folder:
+        run_folder.save_run(folder, tensors, meta, best=True, snapshot=False, keep=0)
     n_params = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{target}: {n_params:,} parameters, validation loss {loss:.4f} according to nanoGPT")
+    loss = "never evaluated"
+    if progress["val_loss"] is not None:
+        loss = f"validation loss {progress['val_loss']:.4f} according to nanoGPT"
+    print(f"{target}: {n_params:,} parameters, {loss}")
 
 
 def load_nanogpt(path: Path) -> dict:
@@ -143,13 +162,13 @@ def load_nanogpt(path: Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror}") from None
-    except Exception:  # what torch.load raises for other files is not documented
-        raise UserError(
-            f"{path} is not a nanoGPT checkpoint: it is damaged, or contains more than tensors "
-            "and plain values"
-        ) from None
+    except Exception as error:  # what torch.load raises for other files is not documented
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = found[1] if found else "something else"
+        reason = f"only tensors and plain values are loaded, and it contains {what}"
+        if not zipfile.is_zipfile(path):
+            reason = "it is damaged, or cut short"
+        raise UserError(f"{path} is not a nanoGPT checkpoint: {reason}") from None
     if type(saved) is not dict:
         kind = type(saved).__name__
         raise UserError(f"{path} is not a nanoGPT checkpoint: it contains a {kind}")

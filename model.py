@@ -35,7 +35,7 @@ class GPTConfig:
     n_head: Annotated[int, "[1, 1000]"] = 12  # attention heads per block
     n_embd: Annotated[int, "[1, 1e5]"] = 768  # width of the residual stream
     block_size: Annotated[int, "[1, 1e7]"] = 1024  # longest context, in tokens
-    vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # train.py uses the data set's unless it is set
+    vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # train.py uses the data set's
     dropout: Annotated[float, "[0, 1)"] = 0.0  # dropout of the embeddings and sublayer outputs
     bias: bool = True  # biases in linear layers and LayerNorms
 
@@ -70,7 +70,11 @@ class GPTConfig:
 
 
 class Cache(Protocol):
-    """What generation keeps of earlier tokens; see KVCache in folio/generation.py."""
+    """What generation keeps of earlier tokens: KVCache in folio/generation.py.
+
+    update() stores new keys and values and returns those to attend to; prepend() puts the last n
+    inputs of a convolution before x.
+    """
 
     length: int  # tokens so far
 
@@ -110,8 +114,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of q (B, n_head, T, D) to k and v (B, n_kv_head, S, D); returns q's shape.
 
     Either T == S, or T == 1 and the query is that of the last of the S tokens. n_head / n_kv_head
-    query heads share a key/value head (Ainslie et al. 2023, "GQA"). The weights have no dropout,
-    which SDPA's fused CPU kernel does not support.
+    query heads share a key/value head (Ainslie et al. 2023, "GQA"). The attention weights have no
+    dropout, which SDPA's fused CPU kernel does not support.
     """
     B, n_head, T, D = q.shape
     n_shared = n_head // k.shape[1]
@@ -145,7 +149,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         n_hidden = n_out = 4 * config.n_embd
-        if config.activation == "swiglu":  # three matrices instead of two, with as many parameters
+        if config.activation == "swiglu":  # three matrices, with about as many parameters as two
             n_hidden = 64 * max(1, round(config.n_embd * 8 / 3 / 64))
             n_out = 2 * n_hidden
         self.c_fc = nn.Linear(config.n_embd, n_out, bias=config.bias)
@@ -201,7 +205,8 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         T, n = x.shape[1], len(self.weight)
         padded = F.pad(x, (0, 0, n, 0)) if cache is None else cache.prepend(self.layer, x, n)
-        y = x  # (B, T, C); padded (B, n + T, C)
+        # x is (B, T, C), padded (B, n + T, C)
+        y = x
         for k, w in enumerate(self.weight.to(x.dtype), 1):
             y = torch.addcmul(y, padded[:, n - k : n - k + T], w)
         return y
@@ -239,7 +244,7 @@ class LanguageModel(nn.Module):
     ) -> Iterator[Tensor]:
         """Generate N tokens after idx (B, T), yielding the ids (B,) of each position.
 
-        `uniforms` (B, N) in [0, 1) are the random numbers for sampling. The model is to be in
+        `uniforms` (B, N) in [0, 1) are the random numbers for sampling. The model must be in
         evaluation mode. This reference implementation computes the whole context for every token;
         folio/generation.py gives the same tokens many times faster, and is tested against it.
         """
@@ -302,9 +307,9 @@ class GPT(LanguageModel):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (logits, None), or (None, loss) if targets are given.
 
-        idx and targets are (B, T), logits (B, T, V). The loss is the mean cross-entropy in nats
-        per token over the targets that are not -1. With a cache, idx follows the tokens in it, and
-        only the logits of the last token are returned: (B, 1, V).
+        idx and targets are (B, T), logits (B, T, V); T is at most block_size. The loss is the mean
+        cross-entropy in nats per token over the targets that are not -1. With a cache, idx follows
+        the tokens in it, and only the logits of the last token are returned: (B, 1, V).
         """
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]

@@ -17,6 +17,7 @@ fewer, the last tenth of each document is validation text. A failure leaves noth
 data set of the same name is moved aside, not overwritten.
 """
 
+from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
 import itertools
 import os
 import re
@@ -36,7 +37,6 @@ from data.documents import PIECE_BYTES, SHAKESPEARE, Corpus, Document, Piece
 from data.errors import UserError
 from data.tokenizer import END_OF_TEXT, Tokenizer, UnknownCharacters
 from folio.options import PathStr, PathStrs, build_options, read_options, unescape
-from folio.process import script
 
 MANY_DOCUMENTS = 100  # from this many on, whole documents are held out
 
@@ -58,8 +58,9 @@ class PrepareConfig:
     val_fraction: Annotated[float, "(0, 1)"] = 0.1  # fraction of the text that is held out
 
     # its tokens
-    tokenizer: PathStr = ""  # char, byte, gpt2, bpe, or that of a data set, run or checkpoint
+    tokenizer: PathStr = ""  # char, byte, gpt2, bpe, or that of a data set, run or model
     vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # vocabulary size of a bpe tokenizer
+    extend_vocab: bool = False  # add the text's other characters to those of --tokenizer
     normalize: Literal["", "NFC", "NFKC"] = ""  # Unicode normalization of the text
     workers: Annotated[int, "[0, 1024]"] = 0  # encoding threads; 0: one per core
 
@@ -89,7 +90,15 @@ def main(argv: list[str]) -> None:
     if options.val_input and "val_fraction" in given:
         raise UserError("--val_fraction cannot be combined with --val_input")
     bins.check_target(Path(options.data_dir) / name)
-    texts = Texts(options, options.input or recipe.input)
+    try:
+        texts = Texts(options, options.input or recipe.input)
+    except UserError as error:
+        if SHAKESPEARE not in (options.input or recipe.input):
+            raise
+        raise UserError(
+            f"{error}; if you have the file: python prepare.py {name} --input FILE; without a "
+            "network: python prepare.py pydocs"
+        ) from None
     if "field" in given and not texts.has_json_lines:
         raise UserError(f"--field={options.field} is for JSON lines, and the input has none")
     tok = make_tokenizer(kind, options, texts)
@@ -107,10 +116,12 @@ def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
 
     As in nanoGPT, text that is in data/NAME/input.txt already needs no --input.
     """
-    own = options.name or options.dataset
-    own_text = Path(options.data_dir) / own / "input.txt"
-    if own and own not in RECIPES and not options.input and own_text.is_file():
-        return own, Recipe("char", (str(own_text),))
+    name = options.name or options.dataset or "shakespeare_char"
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name must be letters, digits, '_', '-' and '.', not {name!r}")
+    own_text = Path(options.data_dir) / name / "input.txt"
+    if name not in RECIPES and not options.input and own_text.is_file():
+        return name, Recipe("char", (str(own_text),))
     if options.dataset and options.dataset not in RECIPES:
         raise UserError(
             f"no recipe {options.dataset!r}; known recipes: {', '.join(RECIPES)}; "
@@ -124,9 +135,6 @@ def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
         raise UserError(f"--input={options.input[0]} needs a name for the data set: --name=NAME")
     else:
         recipe = RECIPES[options.dataset or "shakespeare_char"]
-    name = options.name or options.dataset or "shakespeare_char"
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--name must be letters, digits, '_', '-' and '.', not {name!r}")
     return name, recipe
 
 
@@ -212,6 +220,11 @@ class Texts:
                         f"{', '.join(self.sources)}: all documents are the same, so that all are "
                         "in one split; remove the copies, or use --val_input"
                     )
+                if len(self._cuts) >= MANY_DOCUMENTS:
+                    raise UserError(
+                        f"{', '.join(self.sources)}: no document was assigned to the {split} split "
+                        f"with --val_fraction={self._val_fraction}; use another, or --val_input"
+                    )
                 raise UserError(
                     f"{', '.join(self.sources)}: the text is too short ({n_bytes:,} bytes), "
                     f"the {split} split is empty"
@@ -227,20 +240,20 @@ def check_tokenizer(kind: str, given: dict) -> None:
         raise UserError(f"--vocab_size is for --tokenizer=bpe, not for {kind}")
     if given.get("normalize") and kind not in tokenizer.KINDS:
         raise UserError(f"--normalize cannot change the tokenizer of {kind}")
+    if given.get("extend_vocab") and kind in tokenizer.KINDS:
+        raise UserError("--extend_vocab needs a --tokenizer to extend, such as that of a run")
 
 
 def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer:
     """Build the tokenizer: char from all of the text, bpe from the training split."""
-    form = options.normalize
     if kind not in tokenizer.KINDS:
-        try:
-            return tokenizer.load(tokenizer.stored_in(Path(kind)))
-        except UserError as error:
-            kinds = ", ".join(tokenizer.KINDS)
-            raise UserError(f"--tokenizer={kind} is not one of {kinds}; {error}") from None
+        tok = load_tokenizer(kind)
+        if options.extend_vocab and tok.kind != "char":
+            raise UserError(f"--extend_vocab is for characters; {kind} has a {tok.kind} tokenizer")
+        return tok.extended(separated(texts, tok.normalize)) if options.extend_vocab else tok
+    form = options.normalize
     if kind == "char":
-        separated = ("\n" * follows + piece.text for _, follows, piece in texts)
-        tok = tokenizer.CharTokenizer.train(tokenizer.normalized(t, form) for t in separated)
+        tok = tokenizer.CharTokenizer.train(separated(texts, form))
     elif kind == "bpe":
         pieces = (tokenizer.normalized(p.text, form) for split, _, p in texts if split == "train")
         tok = tokenizer.BytePairTokenizer.train(pieces, options.vocab_size)
@@ -248,6 +261,26 @@ def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer
         tok = tokenizer.load({"kind": kind})
     tok.normalize = form
     return tok
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a data set, a run, a checkpoint or a model of the Hugging Face Hub."""
+    path = Path(name)
+    if not path.exists():
+        from folio import gpt2  # here, because it imports torch
+
+        path = gpt2.find_folder(name) or path
+    try:
+        return tokenizer.load(tokenizer.stored_in(path))
+    except UserError as error:
+        kinds = ", ".join(tokenizer.KINDS)
+        raise UserError(f"--tokenizer={name} is not one of {kinds}; {error}") from None
+
+
+def separated(texts: Texts, form: str) -> Iterator[str]:
+    """All of the text, normalized, with the newlines that separate documents."""
+    for _, follows, piece in texts:
+        yield tokenizer.normalized("\n" * follows + piece.text, form)
 
 
 def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -266,8 +299,10 @@ def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np
             try:
                 ids[split].append(tok.encode(piece.text))
             except UnknownCharacters as error:
-                where = piece.locate(error.index)
-                raise UserError(f"{where}: the vocabulary has no {error.names}") from None
+                where = piece.locate(error.index, tok.normalize)
+                raise UserError(
+                    f"{where}: the vocabulary has no {error.names}; --extend_vocab adds them"
+                ) from None
         return {split: np.concatenate(parts) for split, parts in ids.items()}
 
     with ThreadPoolExecutor(workers) as pool:

@@ -3,21 +3,22 @@
 python runs.py                                       list the runs in out/
 python runs.py list elsewhere                        list those in another folder
 python runs.py show out/mine                         print the contents of checkpoints
-python runs.py verify out/mine other.safetensors     check the digests of checkpoints
+python runs.py verify out/mine data/mine             check the digests of checkpoints, data sets
 python runs.py plot out/a out/b --output=ab.png      plot the losses of several runs
 """
 
+from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data import bins
 from data.errors import UserError
 from folio import checkpoint, metrics, run_folder
 from folio.checkpoint import Checkpoint
 from folio.options import PathStr, PathStrs, build_options, read_options
-from folio.process import script
 
 
 @dataclass
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"usage: python runs.py {options.action} PATH ...")
     if options.action == "plot":
         return plot_runs(paths, Path(options.output))
-    return verify(paths, show=options.action == "show")
+    return check_files(paths, show=options.action == "show")
 
 
 def list_runs(parents: list[Path]) -> int:
@@ -74,27 +75,33 @@ def plot_runs(paths: list[Path], output: Path) -> int:
     return 0
 
 
-def verify(paths: list[Path], show: bool) -> int:
-    """Verify every checkpoint's digest; return 2 if one is damaged."""
-    files, n_damaged = [file for path in paths for file in checkpoint_files(path)], 0
+def check_files(paths: list[Path], show: bool) -> int:
+    """Verify the digests of checkpoints and data sets; return 2 if one is wrong.
+
+    With `show`, also print what checkpoints contain.
+    """
+    files, n_damaged = [file for path in paths for file in find_files(path)], 0
     for file in files:
         try:
-            ckpt = checkpoint.load(file)
+            if file.is_dir():
+                bins.verify(file)
+            else:
+                ckpt = checkpoint.load(file)
         except UserError as error:
             print(error)
             n_damaged += 1
             continue
         print(f"{file}: OK")
-        if show:
+        if show and not file.is_dir():
             print_meta(ckpt)
     if n_damaged:
-        print(f"error: {n_damaged} of {len(files)} checkpoints are damaged", file=sys.stderr)
+        print(f"error: {n_damaged} of {len(files)} could not be verified", file=sys.stderr)
     return 2 if n_damaged else 0
 
 
-def checkpoint_files(path: Path) -> list[Path]:
-    """The file itself, or all checkpoints of a run's folder."""
-    if not path.is_dir():
+def find_files(path: Path) -> list[Path]:
+    """The checkpoint or the data set's folder itself, or all checkpoints of a run's folder."""
+    if not path.is_dir() or (path / "meta.json").is_file():
         return [path]
     candidates = [path / run_folder.LATEST, path / run_folder.BEST, *run_folder.snapshots(path)]
     files = [file for file in candidates if file.is_file()]

@@ -15,6 +15,7 @@ generated. Several are generated in batches that fit in memory. A sample ends ea
 is not printed, or at the end-of-text token.
 """
 
+from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
 import json
 import os
 import sys
@@ -26,7 +27,6 @@ from typing import Annotated, Literal
 import numpy as np
 from tqdm import tqdm
 
-from data import tokenizer
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from folio import checkpoint, run_folder
@@ -41,7 +41,6 @@ from folio.generation import (
 )
 from folio.machine import find_device
 from folio.options import PathStr, build_options, expand_path, read_options, unescape
-from folio.process import script
 from model import GPT, LanguageModel
 
 
@@ -55,8 +54,8 @@ class SampleConfig(Sampling):
     interactive: bool = False  # read prompts from the terminal instead
 
     # the model
-    checkpoint: PathStr = ""  # checkpoint, run's or transformers' folder, gpt2*; empty: newest run
-    cache_dir: PathStr = ""  # download folder for gpt2*; empty: Hugging Face's default cache
+    checkpoint: PathStr = ""  # checkpoint, run's or transformers' folder, Hub id; empty: newest run
+    cache_dir: PathStr = ""  # folder for models of the Hub; empty: Hugging Face's default cache
     device: str = "auto"  # cuda, mps, cpu; auto: the first that exists
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is faster
 
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> None:
     ckpt = run_folder.open_checkpoint(name, options.cache_dir)
     model = checkpoint.build_model(ckpt).to(device)
     prepare_for_sampling(model, options.dtype)
-    tok = tokenizer.load(ckpt.meta["tokenizer"])
+    tok = checkpoint.load_tokenizer(ckpt)
     ids = encode_prompt(tok, prompt, options.seed)
 
     iter_num, val_loss = (ckpt.meta["progress"].get(key) for key in ("iter_num", "val_loss"))
@@ -161,9 +160,10 @@ def generate_all(
 def write_samples(
     model: LanguageModel, tok: Tokenizer, prompt: str, ids: np.ndarray, options: SampleConfig
 ) -> None:
-    """Write all samples to --output, a new file, as JSON lines.
+    """Write all samples to --output, a new file, as JSON lines. `tokens` are all ids that were
+    generated, also of --stop and end-of-text; `text` ends before these.
 
-    Even after an error it has complete lines only; without any it is removed.
+    After an error it keeps only complete lines, and is removed if there are none.
     """
     try:
         file = open(options.output, "xb")

@@ -8,7 +8,7 @@
     python train.py --init_from=out/mine/best.safetensors --dataset=mine      finetune
     python train.py --init_from=gpt2 --dataset=mine --eval_only               evaluate
 
-    window(seed, n) -> idx, targets (B, T) -> loss -> gradients -> AdamW, Muon
+    window(seed, n) -> idx, targets (B, T) -> loss -> gradients -> AdamW, or Muon and AdamW
         -> out/<run>/{ckpt,best}.safetensors, snapshots/, metrics.csv, loss.png
 
 Ctrl-C saves and ends the run with exit code 130, SIGTERM with 143, a closed terminal with 129;
@@ -17,11 +17,13 @@ Ctrl-C saves and ends the run with exit code 130, SIGTERM with 143, a closed ter
 To learn how a GPT is trained, start at update().
 """
 
+from folio.process import Stopped, script  # isort: skip  (first, for Ctrl-C during other imports)
 import math
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import numpy as np
@@ -34,7 +36,6 @@ from folio import machine, metrics, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
 from folio.optim import get_lr
 from folio.options import PathStr, build_options, read_options
-from folio.process import Stopped, script
 from folio.run import Diverged, Run, build_run
 from model import GPTConfig
 
@@ -48,14 +49,14 @@ class TrainConfig(GPTConfig):
     model: Literal["gpt", "bigram"] = "gpt"  # bigram: the baseline, a (V, V) table of logits
 
     # data
-    dataset: PathStr = "shakespeare_char"  # a folder in data_dir; prepare.py's recipes are built
+    dataset: PathStr = "shakespeare_char"  # a folder in data_dir, or a path; built if missing
     data_dir: PathStr = "data"  # the parent folder of all data sets
     batch_size: Annotated[int, "[1, 1e6]"] = 64  # sequences per update, on any machine
     micro_batch_size: Annotated[int, "[0, 1e6]"] = 0  # sequences per forward pass; 0: automatic
 
     # where it starts and where it saves
-    init_from: PathStr = "scratch"  # scratch, resume, or a model to finetune: a checkpoint, gpt2*
-    cache_dir: PathStr = ""  # download folder for gpt2*; empty: Hugging Face's default cache
+    init_from: PathStr = "scratch"  # scratch, resume, or a model to finetune, as in sample.py
+    cache_dir: PathStr = ""  # folder for models of the Hub; empty: Hugging Face's default cache
     checkpoint: PathStr = ""  # with resume: the checkpoint to resume from; empty: the latest
     out_dir: PathStr = "out/run"  # the run's folder; an older run there is moved aside
     seed: Annotated[int, "[0, inf)"] = 1337  # seed of the weights, the data order, and dropout
@@ -63,7 +64,7 @@ class TrainConfig(GPTConfig):
     # when it ends: the first condition that is met
     max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: no limit
     minutes: Annotated[float, "[0, inf)"] = 0.0  # a time budget instead, converted to updates
-    max_seconds: Annotated[float, "[0, inf)"] = 0.0  # training time, over all resumes; 0: no limit
+    max_seconds: Annotated[float, "[0, inf)"] = 0.0  # seconds, summed over resumes; 0: no limit
     target_train_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated training loss; 0: none
     target_val_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated validation loss; 0: none
     patience: Annotated[int, "[0, inf)"] = 0  # evaluations without improvement; 0: no limit
@@ -74,18 +75,18 @@ class TrainConfig(GPTConfig):
     learning_rate: Annotated[float, "(0, inf)"] = 6e-4  # AdamW's peak learning rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay from the peak to min_lr
     warmup_iters: Annotated[int, "[0, inf)"] = 100  # updates of linear warm-up
-    lr_decay_iters: Annotated[int, "[0, inf)"] = 0  # update that reaches min_lr; 0: the last
+    lr_decay_iters: Annotated[int, "[0, inf)"] = 0  # updates until min_lr is reached; 0: max_iters
     min_lr: Annotated[float, "[0, inf)"] = 0.0  # final learning rate of AdamW; Muon's in proportion
     weight_decay: Annotated[float, "[0, inf)"] = 0.1  # weight decay of matrices and embeddings
     beta1: Annotated[float, "[0, 1)"] = 0.9  # AdamW's beta1 and Muon's momentum
     beta2: Annotated[float, "[0, 1)"] = 0.95  # AdamW's beta2
-    grad_clip: Annotated[float, "[0, inf)"] = 1.0  # largest gradient norm; 0: no limit
+    grad_clip: Annotated[float, "[0, inf)"] = 1.0  # clip the gradient norm to this; 0: no clipping
 
     # evaluating, logging, saving
-    eval_interval: Annotated[int, "[0, inf)"] = 250  # updates between evaluations; 0: a fifth
-    eval_tokens: Annotated[int, "[1, inf)"] = 2**20  # most tokens of a split to evaluate
+    eval_interval: Annotated[int, "[0, inf)"] = 250  # updates between evaluations; 0: max_iters / 5
+    eval_tokens: Annotated[int, "[1, inf)"] = 2**20  # evaluate at most this many tokens of a split
     eval_only: bool = False  # evaluate init_from, without training or saving
-    log_interval: Annotated[int, "[0, inf)"] = 10  # updates between logs; 0: a hundredth
+    log_interval: Annotated[int, "[0, inf)"] = 10  # updates between logs; 0: max_iters / 100
     snapshot_interval: Annotated[int, "[0, inf)"] = 0  # updates between snapshots; 0: none
     keep_snapshots: Annotated[int, "[0, inf)"] = 0  # number of snapshots to keep; 0: all
     sample_interval: Annotated[int, "[0, inf)"] = 0  # updates between samples; 0: only at the end
@@ -138,7 +139,7 @@ NANOGPT = {  # options of nanoGPT that do not exist here, with advice
     "always_save_checkpoint": "every evaluation saves ckpt.safetensors, and best.safetensors "
     "if it improved",
     "decay_lr": "use schedule=constant",
-    "backend": "it follows from the device",
+    "backend": "the device decides it",
     "start": "use sample_prompt",
     "wandb_log": "use wandb",
     "max_new_tokens": "use sample_tokens",
@@ -179,7 +180,7 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr / cfg.learning_rate * optimizer.defaults["lr"]  # Muon's in proportion
-        optimizer.found_inf = skip  # step() does nothing if this is 1; so needs no scaler.step()
+        optimizer.found_inf = skip  # if it is 1, step() does nothing, as in scaler.step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -226,7 +227,7 @@ def training_loop(run: Run, log: metrics.Log) -> str:
 
 
 def end_reason(run: Run) -> str:
-    """The condition for the end of the run that is met, as text; empty if none is."""
+    """Why the run ends now, as text; empty if it goes on."""
     cfg, progress = run.cfg, run.progress
     train_seconds, _ = run.clock.read()
     losses = {"target_train_loss": progress.train_loss, "target_val_loss": progress.val_loss}
@@ -294,9 +295,9 @@ def main(argv: list[str]) -> int:
     if given.get("init_from", "scratch") == "scratch" and not recipes:
         quick_start = "dataset" not in given
         recipe, _ = read_options(TrainConfig, [QUICK_START])
-        recipe["out_dir"] = "out/" + given.get("dataset", "quickstart")
+        recipe["out_dir"] = "out/" + Path(given.get("dataset", "quickstart")).absolute().name
         given = {k: v for k, v in recipe.items() if k not in given} | given
-    lengths = [name for name in given if name in ("max_iters", "minutes")]
+    lengths = [name for name in given if name == "max_iters" or (name == "minutes" and given[name])]
     for name in lengths[:-1]:  # they override each other; the last one wins
         del given[name]
     if given.get("init_from") == "resume" and not given.get("eval_only"):
@@ -314,7 +315,7 @@ def start(given: dict, quick_start: bool = False) -> int:
     elif ckpt:
         given = startup.finetuned_options(given, ckpt)
     cfg = build_options(TrainConfig, given)
-    metrics.check_boards(asdict(cfg))
+    metrics.check_trackers(asdict(cfg))
     device, dtype, compile = machine.resolve_machine(cfg.device, cfg.dtype, cfg.compile)
     threads = ckpt.meta["threads"] if resuming else None
     machine.setup_torch(device, dtype, cfg.deterministic, threads)
@@ -327,7 +328,7 @@ def start(given: dict, quick_start: bool = False) -> int:
         dtype=dtype,
         compile=compile and not cfg.eval_only,
         dataset=dataset.folder.name if quick_start else cfg.dataset,
-        vocab_size=given.get("vocab_size", dataset.vocab_size),
+        vocab_size=startup.model_vocab_size(given.get("vocab_size"), dataset, ckpt),
         micro_batch_size=cfg.micro_batch_size
         or machine.auto_micro_batch_size(cfg.batch_size, cfg, device, dtype),
     )
@@ -335,7 +336,7 @@ def start(given: dict, quick_start: bool = False) -> int:
         startup.check_same_data(dataset, ckpt, resuming)
     startup.check_dataset(dataset, cfg.block_size, cfg.vocab_size)
     run = build_run(cfg, dataset, ckpt)
-    startup.describe(run)
+    startup.describe(run, ckpt)
     if cfg.eval_only:
         text = run.evaluate()
         perplexity = math.exp(min(run.progress.val_loss, 700))
@@ -359,11 +360,10 @@ def launch(run: Run, resumed_from: Path | None) -> int:
             run.check_disk()
             if run.stop.caught:
                 return report_stop(run)
-            if resumed_from:
-                run.continue_folder(resumed_from)
-                return run_to_end(run)
-            with run_folder.new_folder(out_dir):
-                run_folder.write_record(out_dir, run.run_id, asdict(run.cfg))
+            with nullcontext() if resumed_from else run_folder.new_folder(out_dir):
+                if resumed_from:
+                    run.continue_folder(resumed_from)
+                run_folder.write_record(out_dir, run.run_id, asdict(run.cfg), run.progress.iter_num)
                 return run_to_end(run)
         except torch.OutOfMemoryError:
             size = cfg.micro_batch_size
@@ -406,9 +406,9 @@ def run_to_end(run: Run) -> int:
     cfg, progress, out_dir = run.cfg, run.progress, Path(run.cfg.out_dir)
     first_iter, reason, failure = progress.iter_num, "", None
     position = progress.iter_num, progress.tokens, progress.train_seconds
-    boards = metrics.open_boards(out_dir, progress.iter_num, run.run_id, asdict(cfg))
+    trackers = metrics.open_trackers(out_dir, progress.iter_num, run.run_id, asdict(cfg))
     try:
-        with metrics.Log(out_dir, *position, cfg.max_iters, boards) as log:
+        with metrics.Log(out_dir, *position, cfg.max_iters, trackers) as log:
             try:
                 reason = training_loop(run, log)
             except Stopped:
@@ -430,7 +430,7 @@ def run_to_end(run: Run) -> int:
         return report_stop(run)
     print(f"done:    {reason} after {progress.iter_num:,} updates")
     print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
-    where = "" if out_dir.parent == Path("out") else f"--checkpoint {out_dir} "
+    where = "" if out_dir.parent == Path("out") else f"--checkpoint {quote(str(out_dir))} "
     print(f'next:    python sample.py {where}--prompt "{run.first_word()}"')
     return 0
 
@@ -440,7 +440,7 @@ def report_stop(run: Run) -> int:
     name, iter_num = run.stop.caught.name, run.progress.iter_num
     if iter_num:
         print(f"stopped: {name} after {iter_num:,} updates; saved")
-        print(f"resume:  python train.py --init_from=resume --out_dir={run.cfg.out_dir}")
+        print(f"resume:  python train.py --init_from=resume --out_dir={quote(run.cfg.out_dir)}")
     else:
         print(f"stopped: {name} before the first update; nothing to save")
     return 128 + run.stop.caught

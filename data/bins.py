@@ -162,6 +162,17 @@ class Dataset:
     fingerprint: str  # a digest of the splits' digests; of nanoGPT's bins, of their sizes
 
 
+def find(data_dir: Path, name: str) -> Path:
+    """The folder of a data set, which is named by its folder in `data_dir`, or by a path."""
+    is_path = Path(name).name != name
+    return Path(name) if is_path and not (data_dir / name).exists() else data_dir / name
+
+
+def is_built(folder: Path) -> bool:
+    """Whether a folder has any file of a data set."""
+    return any((folder / name).exists() for name in (*OUR_FILES, "meta.pkl"))
+
+
 def load(folder: Path) -> Dataset:
     """Open the data set in `folder`; raises UserError if it is incomplete or inconsistent."""
     rebuild = f"rebuild it: python prepare.py --name {folder.name} --input FILE"
@@ -376,9 +387,12 @@ class Writer:
             os.replace(self._partial / name, self.folder / name)
         return meta
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: type | None, error: BaseException | None, *__: object) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self.folder)  # a full disk, most likely
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # it is full
+                file.close()
         self._lock.release()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -388,9 +402,7 @@ def check_target(folder: Path) -> None:
 
     It may have an older data set, or files that are not a data set's, such as its text.
     """
-    foreign = not (folder / "meta.json").is_file() and any(
-        (folder / name).exists() for name in (*OUR_FILES, "meta.pkl")
-    )
+    foreign = is_built(folder) and not (folder / "meta.json").is_file()
     if (folder.exists() and not folder.is_dir()) or foreign:
         raise UserError(
             f"{folder} exists and is not a data set made by prepare.py; use another name"

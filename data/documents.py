@@ -6,6 +6,7 @@ text files, sorted by name. Two inputs are part of Python: `pydocs`, the languag
 `pystdlib`, the source of the standard library.
 """
 
+import bisect
 import dataclasses
 import glob
 import hashlib
@@ -42,22 +43,8 @@ PART_OF_PYTHON = ("pydocs", "pystdlib")
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 PIECE_BYTES = 1 << 18  # text that is encoded at a time: enough to be worth a thread's while
 TAIL_BYTES = 1 << 12  # end of a piece that is searched for a good place to end it
+CONTINUATIONS = [bytes([i]) for i in range(0x80, 0xC0)]  # of a character in UTF-8
 CONTEXT_BYTES = 1 << 8  # before an offset, in which the start of its character is
-
-
-class Piece(NamedTuple):
-    """A part of a document that is encoded on its own."""
-
-    text: str
-    n_bytes: int
-    source: str  # a file, or a line of it
-    n_chars_before: int  # in the document
-    n_lines_before: int
-
-    def locate(self, index: int) -> str:
-        """Where a character of the text is."""
-        line = self.n_lines_before + self.text.count("\n", 0, index) + 1
-        return f"{self.source}, character {self.n_chars_before + index + 1:,} (line {line:,})"
 
 
 @dataclass
@@ -73,7 +60,7 @@ class Document:
         return Document(source, lambda: iter((data,)))
 
     def size(self) -> int:
-        """Its bytes."""
+        """Its length in bytes; reads all of it."""
         return sum(map(len, self.blocks()))
 
     def digest(self) -> bytes:
@@ -89,22 +76,45 @@ class Document:
         window = b"".join(_between(self.blocks(), offset - n_before, offset + 4))
         return offset - n_before + character_start(window, n_before)
 
-    def pieces(self, begin: int = 0, end: int | None = None) -> Iterator[Piece]:
+    def pieces(self, begin: int = 0, end: int | None = None) -> "Iterator[Piece]":
         """Yield the text between two boundaries in pieces of at most PIECE_BYTES.
 
         A piece ends before whitespace, where GPT-2's tokenizer ends a token anyway, unless a word
         is longer than TAIL_BYTES.
         """
-        data, n_chars, n_lines = bytearray(), 0, 0
+        data, offset = bytearray(), begin
         for block in itertools.chain(_between(self.blocks(), begin, end), (b"",)):
             data += block
             start = 0
             while start < len(data) and (len(data) - start > PIECE_BYTES or not block):
                 stop = _piece_end(data, start)
-                text = data[start:stop].decode()
-                yield Piece(text, stop - start, self.source, n_chars, n_lines)
-                n_chars, n_lines, start = n_chars + len(text), n_lines + text.count("\n"), stop
+                yield Piece(data[start:stop].decode(), stop - start, self, offset)
+                offset, start = offset + stop - start, stop
             del data[:start]
+
+
+class Piece(NamedTuple):
+    """A part of a document that is encoded on its own."""
+
+    text: str
+    n_bytes: int
+    document: Document
+    offset: int  # in the document, in bytes
+
+    def locate(self, index: int, form: str = "") -> str:
+        """File, character and line of a character, for messages. `index` is its place in the text
+        as normalized to a Unicode form."""
+        if form:  # its place in the original
+            index = bisect.bisect_left(
+                range(len(self.text)),
+                index + 1,
+                key=lambda i: len(unicodedata.normalize(form, self.text[: i + 1])),
+            )
+        n_chars, n_lines = index + 1, self.text.count("\n", 0, index) + 1
+        for block in _between(self.document.blocks(), 0, self.offset):
+            n_chars += len(block) - sum(map(block.count, CONTINUATIONS))
+            n_lines += block.count(b"\n")
+        return f"{self.document.source}, character {n_chars:,} (line {n_lines:,})"
 
 
 def _between(blocks: Iterator[bytes], begin: int, end: int | None) -> Iterator[bytes]:
@@ -118,14 +128,14 @@ def _between(blocks: Iterator[bytes], begin: int, end: int | None) -> Iterator[b
 
 
 def character_start(data: bytes, offset: int) -> int:
-    """The start of the character at `offset`, with all that Unicode may compose it with."""
+    """`offset`, moved back so that no characters are separated which Unicode would compose."""
     for start in range(offset, max(-1, offset - CONTEXT_BYTES), -1):
         if 0 < start < len(data):
             if data[start] & 0xC0 == 0x80:
                 continue
             before = data[max(0, start - 16) : start].decode(errors="ignore")
             after = data[start : start + 4].decode(errors="ignore")[:1]
-            if after > "\x7f" and not _apart(before, after):
+            if after > "\x7f" and not _normalize_apart(before, after):
                 continue
         return start
     while 0 < offset < len(data) and data[offset] & 0xC0 == 0x80:  # at least no half of one
@@ -133,8 +143,8 @@ def character_start(data: bytes, offset: int) -> int:
     return offset
 
 
-def _apart(before: str, after: str) -> bool:
-    """Whether normalizing two texts on their own is normalizing both together."""
+def _normalize_apart(before: str, after: str) -> bool:
+    """Whether two texts can be normalized separately, with the same result."""
     if unicodedata.combining(after):
         return False
     whole = unicodedata.normalize("NFKC", before + after)
@@ -156,6 +166,14 @@ def _piece_end(data: bytes, start: int) -> int:
     return end
 
 
+class File(NamedTuple):
+    """A file of a corpus."""
+
+    path: Path | None  # None: pydocs
+    name: str  # in messages: its path, or the URL that it was downloaded from
+    explicit: bool  # an input of its own, not found in a folder or by a glob
+
+
 @dataclass
 class Corpus:
     """The documents of some inputs; each iteration reads them again, in the same order.
@@ -174,95 +192,117 @@ class Corpus:
 
     def __post_init__(self):
         """Find the files; raises UserError for an input that does not exist or is empty."""
+        self._counted = set()  # the files whose notes are in `notes`
         self.sources = [_describe(word) for word in self.inputs]
-        self.files = [found for word in self.inputs for found in _find(word, self.downloads)]
+        self.files = [found for word in self.inputs for found in find_files(word, self.downloads)]
 
     @property
     def has_json_lines(self) -> bool:
         """Whether a file has JSON lines, judged by their names."""
-        paths = [path for path, _ in self.files if path]
-        return any(formats.is_json_lines(path, formats.read_head(path)) for path in paths)
+        files = [file for file in self.files if file.path]
+        return any(formats.is_json_lines(f.path, formats.read_head(f.path, f.name)) for f in files)
 
     def __iter__(self) -> Iterator[Document]:
         self.notes.clear()
-        for path, named in self.files:
-            if path is None:
-                yield Document.of(_language_reference(), "pydocs")
+        self._counted.clear()
+        for file in self.files:
+            if file.path is None:
+                yield Document.of(_language_reference(), file.name)
             else:
-                yield from self._read(path, named)
+                yield from self._read(file)
 
-    def _read(self, path: Path, named: bool) -> Iterator[Document]:
-        head = formats.read_head(path)
-        if not head and named:
-            raise UserError(f"{path} is empty")
+    def _read(self, file: File) -> Iterator[Document]:
+        path, head = file.path, formats.read_head(file.path, file.name)
+        if not head and file.explicit:
+            raise UserError(f"{file.name} is empty")
         if problem := formats.other_format(path, head):
-            if named:
-                raise UserError(f"{path} is {problem}")
-            self.notes[f"files left out: {problem.split(':')[0]} ({path.name}, say)"] += 1
+            if file.explicit:
+                raise UserError(f"{file.name} is {problem}")
+            self.notes[f"files left out: {problem.split(':')[0]} (such as {path.name})"] += 1
         elif formats.is_json_lines(path, head):
-            yield from self._read_json_lines(path)
-        elif not self.encoding and formats.is_binary(head) and self.errors == "strict":
-            if named:
+            yield from self._read_json_lines(file)
+        elif self._is_binary(head) and not (file.explicit and self.errors == "replace"):
+            if file.explicit:
                 raise UserError(
-                    f"{path} is not text: it contains zero bytes (if it is UTF-16: "
+                    f"{file.name} is not text: it contains zero bytes (if it is UTF-16: "
                     "--encoding=utf-16-le)"
                 )
             self.notes["binary files left out"] += 1
         elif head:
-            yield from self._read_plain(path)
+            yield from self._read_plain(file)
 
-    def _blocks(self, path: Path, first: bool = False) -> Iterator[bytes]:
-        """A file as UTF-8; what is noticed is counted when it is read for the first time."""
-        counts = self.notes if first else Counter()
-        for block in formats.utf8_blocks(path, self.encoding, self.errors, counts):
+    def _is_binary(self, head: bytes) -> bool:
+        try:
+            return formats.is_binary(head, self.encoding)
+        except LookupError:
+            raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
+
+    def _blocks(self, file: File) -> Iterator[bytes]:
+        """A file as UTF-8. What is noticed counts once, when the file was read to its end."""
+        counts = Counter()
+        for block in formats.utf8_blocks(file.path, file.name, self.encoding, self.errors, counts):
             counts["lines that end in CRLF"] += block.count(b"\r\n")
             yield block
+        if file not in self._counted:
+            self._counted.add(file)
+            self.notes.update(counts)
 
-    def _read_plain(self, path: Path) -> Iterator[Document]:
+    def _read_plain(self, file: File) -> Iterator[Document]:
         if not self.separator:
-            blocks = itertools.chain((True,), itertools.repeat(False))
-            yield Document(str(path), lambda: self._blocks(path, next(blocks)))
+            yield Document(file.name, lambda: self._blocks(file))
             return
         separator, data, number = self.separator.encode(), b"", 0
-        for block in itertools.chain(self._blocks(path, True), (None,)):
+        for block in itertools.chain(self._blocks(file), (None,)):
             *parts, data = (data + (block or b"")).split(separator)
             if block is None:
                 parts.append(data)
             for part in parts:
                 number += 1
                 if part := part.strip(b"\r\n"):
-                    yield Document.of(part, f"{path}, document {number}")
+                    yield Document.of(part, f"{file.name}, document {number}")
 
-    def _read_json_lines(self, path: Path) -> Iterator[Document]:
+    def _read_json_lines(self, file: File) -> Iterator[Document]:
+        for source, line in self._lines(file):
+            try:
+                if text := _text_of(_record(line, source), source, self.field):
+                    yield Document.of(text, source)
+            except UserError as error:
+                if not self.skip_bad_lines:
+                    raise UserError(f"{error}; --skip_bad_lines leaves such lines out") from None
+                self.notes["bad lines left out"] += 1
+
+    def _lines(self, file: File) -> Iterator[tuple[str, bytes]]:
+        """Yield (its name, line) for each line that is not empty."""
         number, data = 0, b""
-        for block in itertools.chain(self._blocks(path, True), (None,)):
+        for block in itertools.chain(self._blocks(file), (None,)):
             *lines, data = (data + (block or b"")).split(b"\n")
             if block is None:
                 lines.append(data)
             for line in lines:
                 number += 1
-                source = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    if text := _text_of(line, source, self.field):
-                        yield Document.of(text, source)
-                except UserError as error:
-                    if not self.skip_bad_lines:
-                        raise UserError(
-                            f"{error}; --skip_bad_lines leaves such lines out"
-                        ) from None
-                    self.notes["bad lines left out"] += 1
+                if line.strip():
+                    yield f"{file.name}, line {number}", line
+
+    def records(self) -> Iterator[tuple[str, dict]]:
+        """Yield (its name, JSON object) for each line of the files, whatever their endings are."""
+        for file in self.files:
+            for source, line in self._lines(file):
+                yield source, _record(line, source)
 
 
-def _text_of(line: bytes, source: str, field: str) -> bytes:
-    """Return the text in a field of a line of JSON; of a list of messages "role: content" lines."""
+def _record(line: bytes, source: str) -> dict:
+    """A line's JSON object; raises UserError if it is something else."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
     if type(record) is not dict:
         raise UserError(f"{source}: not a JSON object")
+    return record
+
+
+def _text_of(record: dict, source: str, field: str) -> bytes:
+    """Return the text in a field of a record; of a list of messages "role: content" lines."""
     text = record
     for name in (field,) if field in record else field.split("."):
         if type(text) is not dict or name not in text:
@@ -287,25 +327,25 @@ def _is_message(item: object) -> bool:
 # ---- inputs -> files ----------------------------------------------------------------------------
 
 
-def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
-    """Resolve an input to (path, explicitly named) pairs; the path of pydocs is None."""
+def find_files(word: str, downloads: Path) -> list[File]:
+    """The files of an input; raises UserError if there are none."""
     if not word:
         raise UserError("--input= is empty: give a file, a folder, a glob or a URL")
     if word == "pydocs":
-        return [(None, True)]
+        return [File(None, word, True)]
     if word == "pystdlib":
-        return [(path, False) for path in _standard_library()]
+        return [File(path, str(path), False) for path in _standard_library()]
     if word.lower().startswith(("http://", "https://")):
-        return [(_download(word, downloads), True)]
+        return [File(_download(word, downloads), word, True)]
     if re.match(r"\w+://", word):
         raise UserError(f"input {word}: only http:// and https:// URLs can be read; name the file")
     path = Path(word)
     if word in STANDARD_INPUT or (path.exists() and stat.S_ISFIFO(path.stat().st_mode)):
-        return [(_spool(word, downloads), True)]
+        return [File(_spool(word, downloads), "standard input", True)]
     if path.is_dir():
         files = sorted(_walk(path), key=Path.as_posix)
     elif path.is_file():
-        return [(path, True)]
+        return [File(path, str(path), True)]
     elif path.exists():
         raise UserError(f"input {word} is not a regular file")
     elif glob.has_magic(word):
@@ -314,7 +354,7 @@ def _find(word: str, downloads: Path) -> list[tuple[Path | None, bool]]:
         raise UserError(f"input {word}: no such file or folder")
     if not files:
         raise UserError(f"input {word}: no files found")
-    return [(path, False) for path in files]
+    return [File(path, str(path), False) for path in files]
 
 
 def _spool(word: str, downloads: Path) -> Path:
@@ -401,11 +441,8 @@ def _download(url: str, downloads: Path) -> Path:
     new = [folder for folder in (path.parent, downloads, downloads.parent) if not folder.exists()]
     try:
         return fetch(url, path, **KNOWN.get(url, {}))
-    except UserError as error:
+    except UserError:
         with suppress(OSError):  # not empty if a partial download was kept
             for folder in new:
                 folder.rmdir()
-        raise UserError(
-            f"{error}; if you have the file: prepare.py with --input=FILE; "
-            "without a network: python prepare.py pydocs"
-        ) from None
+        raise

@@ -3,7 +3,6 @@
 import codecs
 import hashlib
 import os
-import re
 import time
 from pathlib import Path
 
@@ -11,15 +10,12 @@ import requests
 from tqdm import tqdm
 
 from data.errors import UserError
+from data.formats import HTML
 
 TRIES = 3
 TIMEOUT = (3, 10)  # seconds to connect; seconds without a byte
 CHUNK = 1 << 16
-HTML = "a web page (HTML), not a text"
-PAGE = re.compile(  # a comment ends at its first -->, so that there is only one way to match
-    rb"(\s|<!--((?!-->).)*-->|<\?xml((?!\?>).)*\?>)*<(!doctype html|html)",
-    re.DOTALL | re.IGNORECASE,
-)
+WEB_PAGE = "a web page (HTML), not a text"
 
 
 def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:
@@ -69,7 +65,7 @@ def _download(url: str, part: Path) -> None:
             return
         response.raise_for_status()
         if response.headers.get("Content-Type", "").startswith(("text/html", "application/xhtml")):
-            raise UserError(f"{url} returned {HTML}")
+            raise UserError(f"{url} returned {WEB_PAGE}")
         resumed = response.status_code == 206
         length = response.headers.get("Content-Length", "")
         total = int(length) + have * resumed if length.isdecimal() else 0
@@ -96,7 +92,7 @@ def _not_a_text(path: Path) -> str:
         head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8)
     if not head:
         return "nothing: an empty file"
-    return HTML if PAGE.match(head) else ""
+    return WEB_PAGE if HTML.match(head) else ""
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -1,6 +1,7 @@
-"""Text files of any kind as UTF-8: decompressed, decoded, and other formats called by their names.
+"""Text files of any kind as UTF-8: decompressed and decoded. Other formats are named.
 
-Compression and formats are told by the first bytes of a file, tables and JSON also by its ending.
+Compression and formats are recognized by the first bytes of a file, tables and JSON by the end of
+its name.
 """
 
 import bz2
@@ -63,7 +64,7 @@ ONE_JSON = (
 
 def other_format(path: Path, head: bytes) -> str:
     """What a file is instead of a text, and what to do with it; empty if it may be a text."""
-    ending = path.suffix.lower()
+    ending = Path(_plain_name(path)).suffix
     found = None
     for start, endings, name, advice in FORMATS:
         matches = start is None or head.startswith(start)
@@ -85,9 +86,7 @@ def other_format(path: Path, head: bytes) -> str:
 
 def is_json_lines(path: Path, head: bytes) -> bool:
     """Whether a file has a JSON record per line, by its ending; .json if its first line is one."""
-    name = path.name.lower()
-    for ending in COMPRESSED_ENDINGS:
-        name = name.removesuffix(ending)
+    name = _plain_name(path)
     if name.endswith(".json"):
         try:
             first = head.lstrip(codecs.BOM_UTF8).lstrip().split(b"\n")[0]
@@ -97,34 +96,44 @@ def is_json_lines(path: Path, head: bytes) -> bool:
     return name.endswith(JSON_LINES)
 
 
-def is_binary(head: bytes) -> bool:
-    """Whether a file has zero bytes and no byte-order mark to explain them."""
+def _plain_name(path: Path) -> str:
+    """A file's name in lower case, without the ending of its compression."""
+    name = path.name.lower()
+    return name.removesuffix(next(filter(name.endswith, COMPRESSED_ENDINGS), ""))
+
+
+def is_binary(head: bytes, encoding: str) -> bool:
+    """Whether a file has zero bytes which neither its encoding nor a byte-order mark explains."""
+    if encoding:
+        return "\0" in head.decode(encoding, "ignore")
     return b"\0" in head and not head.startswith(tuple(BOMS))
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed."""
+def open_binary(path: Path, name: str) -> BinaryIO:
+    """Open a file for reading, decompressed. Messages call it `name`."""
     with open(path, "rb") as file:
         head = file.read(8)
     for magic, module in COMPRESSIONS.items():
         if head.startswith(magic):
             return module.open(path, "rb")
     if path.suffix.lower() in COMPRESSED_ENDINGS:
-        raise UserError(f"{path} is a broken {path.suffix} file: it does not start like one")
+        raise UserError(f"{name} is a broken {path.suffix} file: it does not start like one")
     return open(path, "rb")
 
 
-def read_head(path: Path) -> bytes:
+def read_head(path: Path, name: str) -> bytes:
     """The first SNIFF_BYTES of a file, decompressed."""
     try:
-        with open_binary(path) as file:
+        with open_binary(path, name) as file:
             return file.read(SNIFF_BYTES)
     except (*BROKEN, OSError) as error:
-        raise broken_file(path, error) from None
+        raise broken_file(name, error) from None
 
 
-def utf8_blocks(path: Path, encoding: str, errors: str, counts: Counter) -> Iterator[bytes]:
-    """Yield a file as UTF-8, in blocks that end between characters.
+def utf8_blocks(
+    path: Path, name: str, encoding: str, errors: str, counts: Counter
+) -> Iterator[bytes]:
+    """Yield a file as UTF-8, in blocks that end between characters. Messages call it `name`.
 
     Without `encoding` the file's byte-order mark decides, and it is UTF-8 if it has none. Marks at
     the start of the file or of a line are dropped. Raises UserError for bytes that cannot be
@@ -133,28 +142,31 @@ def utf8_blocks(path: Path, encoding: str, errors: str, counts: Counter) -> Iter
     """
 
     def replace(error: UnicodeError) -> tuple[str, int]:
-        counts["bytes replaced"] += 1
+        counts["bytes replaced"] += error.end - error.start
         return "\ufffd", error.end
 
     codecs.register_error("folio.replace", replace)
     try:
-        with open_binary(path) as file:
-            block, offset = file.read(BLOCK_BYTES), 0
-            found = next((name for bom, name in BOMS.items() if block.startswith(bom)), "utf-8")
+        with open_binary(path, name) as file:
+            block, offset, at_line_start = file.read(BLOCK_BYTES), 0, False
+            found = next((code for bom, code in BOMS.items() if block.startswith(bom)), "utf-8")
             handler = "folio.replace" if errors == "replace" else "strict"
             decoder = codecs.getincrementaldecoder(encoding or found)(handler)
             while block:
                 following = file.read(BLOCK_BYTES)
-                text = _decode(decoder, block, not following, path, offset)
+                text = _decode(decoder, block, not following, name, offset)
+                if at_line_start:  # as in the middle of a block
+                    text = f"\n{text}"
                 if offset == 0:
                     text = text.removeprefix("\ufeff")
                 if n_marks := text.count("\n\ufeff"):  # of files that were put together
                     counts["byte-order marks inside the text, dropped"] += n_marks
                     text = text.replace("\n\ufeff", "\n")
+                text, at_line_start = text[at_line_start:], text.endswith("\n")
                 if "\0" in text:
                     if errors != "replace":
                         raise UserError(
-                            f"{path} has a zero byte at offset {offset + block.find(0):,}: it is "
+                            f"{name} has a zero byte at offset {offset + block.find(0):,}: it is "
                             "damaged, or not text; --errors=replace reads it anyway"
                         )
                     counts["bytes replaced"] += text.count("\0")
@@ -162,14 +174,12 @@ def utf8_blocks(path: Path, encoding: str, errors: str, counts: Counter) -> Iter
                 yield text.encode()
                 offset += len(block)
                 block = following
-    except LookupError:
-        raise UserError(f"--encoding={encoding} is not an encoding that Python knows") from None
-    except (*BROKEN, gzip.BadGzipFile) as error:
-        raise broken_file(path, error) from None
+    except (*BROKEN, OSError) as error:
+        raise broken_file(name, error) from None
 
 
 def _decode(
-    decoder: codecs.IncrementalDecoder, block: bytes, final: bool, path: Path, offset: int
+    decoder: codecs.IncrementalDecoder, block: bytes, final: bool, name: str, offset: int
 ) -> str:
     """Decode the block at `offset`; raises UserError where that is impossible."""
     n_pending = len(decoder.getstate()[0])  # bytes of the block before
@@ -178,14 +188,14 @@ def _decode(
     except UnicodeDecodeError as error:
         bad = error.object[error.start]
         raise UserError(
-            f"{path} is not {error.encoding.upper()}: byte 0x{bad:02x} at offset "
-            f"{offset - n_pending + error.start:,}; use --encoding=latin-1, say, for another "
-            "encoding, or --errors=replace"
+            f"{name} is not {error.encoding.upper()}: byte 0x{bad:02x} at offset "
+            f"{offset - n_pending + error.start:,}; name its encoding, as in "
+            "--encoding=latin-1, or use --errors=replace"
         ) from None
 
 
-def broken_file(path: Path, error: Exception) -> Exception:
+def broken_file(name: str, error: Exception) -> Exception:
     """What to raise for an error of a compressed file: UserError, unless the disk failed."""
     if getattr(error, "errno", None) is not None:
         return error
-    return UserError(f"{path} is damaged, or not compressed as its first bytes say: {error}")
+    return UserError(f"{name} is damaged, or not compressed as its first bytes say: {error}")

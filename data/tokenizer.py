@@ -11,6 +11,7 @@ end_of_text        the id that separates documents; None if a newline does
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterable
@@ -19,14 +20,15 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from data import vocab_files
 from data.download import fetch
 from data.errors import UserError
+from data.vocab_files import END_OF_TEXT
 
 KINDS = ("char", "byte", "gpt2", "bpe")
 GPT2_PATTERN = (  # how GPT-2 splits text before merging byte pairs; no token crosses a split
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
-END_OF_TEXT = "<|endoftext|>"
 EXPORTED = "folio_tokenizer.json"  # what convert.py writes beside transformers' files
 
 
@@ -78,16 +80,23 @@ class Tokenizer:
         """The entries of meta() besides the kind."""
         return {}
 
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer as files of transformers, by name: tokenizer.json, or GPT-2's two."""
+        raise NotImplementedError
+
 
 class CharTokenizer(Tokenizer):
-    """Each character of the training text is a token; ids are in the order of code points."""
+    """Each character of the training text is a token.
+
+    Ids are in the order of code points; characters that extended() adds come last.
+    """
 
     kind = "char"
 
     def __init__(self, characters: str):
         codes = _code_points(characters)
-        if len(codes) == 0 or (np.diff(codes.astype(np.int64)) <= 0).any():
-            raise ValueError("a tokenizer's characters must be sorted and distinct")
+        if len(codes) == 0 or len(np.unique(codes)) < len(codes):
+            raise ValueError("a tokenizer's characters must be distinct")
         characters.encode()  # fails for a lone surrogate
         self.characters = characters
         self.vocab_size = len(codes)
@@ -104,6 +113,13 @@ class CharTokenizer(Tokenizer):
             occurs[_code_points(rest)] = True
         return cls("".join(map(chr, np.flatnonzero(occurs))))
 
+    def extended(self, texts: Iterable[str]) -> "CharTokenizer":
+        """The same with the other characters of `texts`, as further ids."""
+        new = sorted(set(self.train(texts).characters) - set(self.characters))
+        extended = CharTokenizer(self.characters + "".join(new))
+        extended.normalize = self.normalize
+        return extended
+
     def _encode(self, text: str) -> np.ndarray:
         # larger code points are clipped to the last entry of the table, which means unknown
         ids = self._id_of.take(_code_points(text), mode="clip")
@@ -118,6 +134,9 @@ class CharTokenizer(Tokenizer):
     def _content(self) -> dict:
         return {"characters": self.characters}
 
+    def files(self) -> dict[str, bytes]:
+        return vocab_files.write_characters(self.characters, self.normalize)
+
 
 class ByteTokenizer(Tokenizer):
     """Each byte of UTF-8 is a token: any text in any language, with nothing to store."""
@@ -131,27 +150,41 @@ class ByteTokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(int(i) for i in ids)
 
+    def files(self) -> dict[str, bytes]:
+        return vocab_files.write_bytes(self.normalize)
+
 
 class BytePairTokenizer(Tokenizer):
     """Byte-pair encoding of bytes (Sennrich et al. 2016; Radford et al. 2019), by tiktoken.
 
-    The ids are the 256 bytes, then `tokens` in the order learned, each the concatenation of two
-    earlier ones, then end-of-text.
+    Ours has as ids the 256 bytes, then `tokens` in the order learned, each the concatenation of two
+    earlier ones, then end-of-text. One of transformers has other `ids` for the bytes and `tokens`
+    (-1: none) and may lack `end_of_text`.
     """
 
     kind = "bpe"
 
-    def __init__(self, tokens: list[bytes]):
+    def __init__(
+        self, tokens: list[bytes], ids: list[int] | None = None, end_of_text: int | None = None
+    ):
         import tiktoken
 
         self.tokens = tokens
         ranks = {bytes([i]): i for i in range(256)}
         ranks |= {token: 256 + i for i, token in enumerate(tokens)}
-        self.end_of_text = 256 + len(tokens)
-        self.vocab_size = self.end_of_text + 1
-        if len(ranks) != self.end_of_text:
+        if len(ranks) != 256 + len(tokens):
             raise ValueError("a tokenizer's tokens must be distinct and longer than a byte")
-        special = {END_OF_TEXT: self.end_of_text}
+        self._imported = ids is not None
+        self.end_of_text = end_of_text if self._imported else len(ranks)
+        self._ids = np.array(ids if self._imported else range(len(ranks)), np.int64)
+        if self._ids.shape != (len(ranks),) or len(np.unique(self._ids[256:])) != len(tokens):
+            raise ValueError("a tokenizer's ids must be distinct, one for each token")
+        known = [*self._ids.tolist(), -1 if self.end_of_text is None else self.end_of_text]
+        if not -1 <= min(known) <= max(known) < 2**32:
+            raise ValueError("a tokenizer's ids must be in [0, 2**32)")
+        self.vocab_size = max(known) + 1
+        self._rank_of = {i: rank for rank, i in enumerate(known) if i >= 0}
+        special = {END_OF_TEXT: len(ranks)}
         self._encoding = tiktoken.Encoding(
             "folio", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
@@ -170,44 +203,39 @@ class BytePairTokenizer(Tokenizer):
         ranked = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         if len(ranked) < vocab_size - 1:
             raise UserError(
-                f"--vocab_size={vocab_size} is too large for this text: at {len(ranked) + 1} "
-                "every word is one token"
+                f"--vocab_size={vocab_size} is too large for this text: it gives only "
+                f"{len(ranked) + 1} ids"
             )
         return cls([bytes(token) for token, _ in ranked[256:]])
 
     def _encode(self, text: str) -> np.ndarray:
-        try:  # as text, also <|endoftext|>, so that no document can forge the end of one
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        try:  # <|endoftext|> too is plain text, so that no document can forge its end
+            ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError as error:  # a run of spaces too long for tiktoken's regex engine
             raise UserError(f"the tokenizer cannot encode this text: {error}") from None
+        ids = self._ids[ranks]
+        if (ids < 0).any():
+            missing = int(ranks[int((ids < 0).argmax())])
+            raise UserError(f"the vocabulary has no token for the byte 0x{missing:02x}")
+        return ids.astype(np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self._encoding.decode_bytes([int(i) for i in ids])
+        """Ids without text, such as padding, give nothing."""
+        ranks = [self._rank_of[int(i)] for i in ids if int(i) in self._rank_of]
+        return self._encoding.decode_bytes(ranks)
 
     def _content(self) -> dict:
-        return {"tokens": [token.decode("latin-1") for token in self.tokens]}  # a character a byte
+        content = {
+            "tokens": [token.decode("latin-1") for token in self.tokens]
+        }  # a character per byte
+        if self._imported:
+            content |= {"ids": self._ids.tolist(), "end_of_text": self.end_of_text}
+        return content
 
     def files(self) -> dict[str, bytes]:
-        """vocab.json and merges.txt, which transformers' GPT-2 tokenizer reads.
-
-        They write each byte as a printable character: itself, or if it is not printable the next
-        one from U+0100 on (Radford et al. 2019, encoder.py).
-        """
-        printable = {i: chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))}
-        for i in range(256):
-            printable.setdefault(i, chr(256 + len(printable) - 188))
         tokens = [bytes([i]) for i in range(256)] + self.tokens
-        vocab = {"".join(printable[i] for i in token): n for n, token in enumerate(tokens)}
-        ranks = {token: n for n, token in enumerate(tokens)}
-        merges = ["#version: 0.2"]
-        for token in self.tokens:
-            pair = _merged_pair(token, ranks)
-            merges.append(" ".join("".join(printable[i] for i in part) for part in pair))
-        vocab[END_OF_TEXT] = self.end_of_text
-        return {
-            "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
-            "merges.txt": ("\n".join(merges) + "\n").encode(),
-        }
+        vocab, merges = vocab_files.byte_pairs(tokens, self._ids.tolist())
+        return vocab_files.write_bpe(vocab, merges, self.end_of_text, self.normalize)
 
 
 class GPT2Tokenizer(BytePairTokenizer):
@@ -222,13 +250,17 @@ class GPT2Tokenizer(BytePairTokenizer):
 
         self._paths = _fetch_gpt2_vocabulary()
         self._encoding = tiktoken.get_encoding("gpt2")
+        self._ids = np.arange(self.vocab_size)
+        self._rank_of = range(self.vocab_size)
 
     def _content(self) -> dict:
         return {}
 
     def files(self) -> dict[str, bytes]:
-        merges, vocab = (path.read_bytes() for path in self._paths)
-        return {"vocab.json": vocab, "merges.txt": merges}
+        merges, vocab = (path.read_text("utf-8") for path in self._paths)
+        vocab, merges = json.loads(vocab), merges.splitlines()[1:]
+        del vocab[END_OF_TEXT]
+        return vocab_files.write_bpe(vocab, merges, self.end_of_text, self.normalize)
 
 
 def load(meta: dict) -> Tokenizer:
@@ -242,7 +274,8 @@ def load(meta: dict) -> Tokenizer:
             case {"kind": "gpt2"}:
                 tok = GPT2Tokenizer()
             case {"kind": "bpe", "tokens": list(tokens)}:
-                tok = BytePairTokenizer([token.encode("latin-1") for token in tokens])
+                tokens = [token.encode("latin-1") for token in tokens]
+                tok = BytePairTokenizer(tokens, meta.get("ids"), meta.get("end_of_text"))
             case _:
                 kind = str(meta.get("kind"))
                 raise ValueError(f"no tokenizer of kind {kind!r}; the kinds are {', '.join(KINDS)}")
@@ -254,16 +287,18 @@ def load(meta: dict) -> Tokenizer:
 
 
 def stored_in(path: Path) -> dict:
-    """Read the meta() of a tokenizer from a data set, a run, a checkpoint, or a folder in
-    transformers' format that is GPT-2's or was written by convert.py. Raises UserError if there is
-    none."""
+    """Read the meta() of a tokenizer from a data set, a run, a checkpoint, or the folder of a GPT-2
+    model in transformers' format. Raises UserError if there is none."""
     try:
         if (path / "config.json").is_file():
             if (path / EXPORTED).is_file():
                 return json.loads((path / EXPORTED).read_text("utf-8"))
-            if json.loads((path / "config.json").read_text("utf-8"))["vocab_size"] == 50257:
-                return {"kind": "gpt2"}
-            raise ValueError(f"it has no {EXPORTED}, and its vocabulary is not GPT-2's")
+            if (meta := vocab_files.read(path)) is not None:
+                return meta
+            if json.loads((path / "config.json").read_text("utf-8"))["vocab_size"] < 50257:
+                raise ValueError("it has no tokenizer, and its vocabulary is smaller than GPT-2's")
+            print(f"{path} has no tokenizer: GPT-2's is used", file=sys.stderr)
+            return {"kind": "gpt2"}
         if (path / "meta.json").is_file():
             return json.loads((path / "meta.json").read_text("utf-8"))["tokenizer"]
         for name in ("best.safetensors", "ckpt.safetensors"):
@@ -297,16 +332,6 @@ def normalized(text: str, form: str) -> str:
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two earlier tokens that were merged into a token."""
-    parts = [bytes([i]) for i in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
-        i = pairs.index(min(pairs))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
 
 
 def _fetch_gpt2_vocabulary() -> list[Path]:

@@ -28,12 +28,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from data import tokenizer
 from data.errors import UserError
+from data.tokenizer import Tokenizer
 from folio.options import build_options
 from model import GPT, MODELS, GPTConfig, LanguageModel
 
 FORMAT = 1
-TEMPORARY = "new.partial"  # the file being written; the next save replaces a leftover
+TEMPORARY = ".folio.partial"  # the file being written; the next save replaces a leftover
 META = {  # the JSON in the header, besides "format"
     "run_id": str,
     "model": str,  # gpt or bigram
@@ -43,7 +45,7 @@ META = {  # the JSON in the header, besides "format"
     "dataset": str,  # the fingerprint of its tokens
     "progress": dict,  # folio/run.py's Progress: iteration, windows read, losses, seconds
     "scaler": dict,  # the state of float16's gradient scaler
-    "threads": int,
+    "threads": int,  # of torch on the CPU
 }
 SYNC_BYTES = 1 << 26  # bytes between two fsyncs
 HASH_LAG_BYTES = 2 * SYNC_BYTES  # how far hashing may lag behind writing
@@ -286,6 +288,25 @@ def build_model(ckpt: Checkpoint) -> LanguageModel:
     if isinstance(model, GPT):
         model.lm_head.weight = model.wte.weight
     return model.eval()
+
+
+def load_tokenizer(ckpt: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer; raises UserError if it has more ids than the model."""
+    tok = tokenizer.load(ckpt.meta["tokenizer"])
+    vocab_size = check_model(ckpt).config.vocab_size
+    if tok.vocab_size > vocab_size:
+        raise UserError(
+            f"{ckpt.path}: the tokenizer has {tok.vocab_size} ids, but the model has {vocab_size}"
+        )
+    return tok
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file starts as those of torch.save() do: as a zip archive or a pickle."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4).startswith((b"PK\3\4", b"\x80\2"))
 
 
 def meta_model(kind: str, config: GPTConfig) -> LanguageModel:

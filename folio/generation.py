@@ -33,7 +33,7 @@ class Sampling:
     max_new_tokens: Annotated[int, "[1, 1e5]"] = 500  # length of a sample, in tokens
     temperature: Annotated[float, "[0, inf)"] = 0.8  # 0: greedy
     top_k: Annotated[int, "[1, inf)"] = 200  # sample from the k most likely tokens
-    top_p: Annotated[float, "(0, 1]"] = 1.0  # and from the fewest of them with this probability
+    top_p: Annotated[float, "(0, 1]"] = 1.0  # and from the fewest that sum to this probability
     stop: tuple[str, ...] = ()  # end a sample before any of these texts; escapes as in the prompt
     seed: Annotated[int, "[0, inf)"] = 1337  # the same seed gives the same text
 
@@ -102,7 +102,7 @@ def generate(
     B, N = uniforms.shape
     block_size, rotary = model.config.block_size, model.config.rotary
     cache = KVCache(model.config, B, size=min(idx.shape[1] + N, block_size))
-    context = idx[:, -block_size:].expand(B, -1)  # the last tokens; without rotary positions alone
+    context = idx[:, -block_size:].expand(B, -1)  # the last tokens, kept for learned positions only
     new_ids = idx[:, -block_size:]  # those that are not in the cache yet
     for u in uniforms.to(idx.device).unbind(1):
         if cache.length == cache.size and not rotary:
@@ -203,9 +203,9 @@ def encode_prompt(tok: Tokenizer, prompt: str, seed: int) -> np.ndarray:
 def batches(
     model: LanguageModel, n_prompt: int, num_samples: int, max_new_tokens: int
 ) -> Iterator[range]:
-    """Split range(num_samples) into batches that fit into a quarter of the memory."""
+    """Split range(num_samples) into batches that fit in a quarter of the available memory."""
     c, n_tokens = model.config, n_prompt + max_new_tokens
-    elements = 8 * c.vocab_size  # logits and what sampling makes of them
+    elements = 8 * c.vocab_size  # logits, and temporaries of sampling
     if isinstance(model, GPT):
         kv_width = 2 * c.n_layer * c.n_embd * (c.n_kv_head or c.n_head) // c.n_head
         elements += min(n_tokens, c.block_size) * (kv_width + 16 * c.n_embd)
@@ -257,12 +257,12 @@ def generate_texts(
 
 
 class TextStream:
-    """Decodes ids as they come: complete characters only, and nothing from a text of `stop` on."""
+    """Decodes ids as they come: complete characters only, up to the first stop string."""
 
     def __init__(self, tok: Tokenizer, stop: tuple[str, ...] = ()):
         self.tok, self.ids, self.ended = tok, [], False
         self._stop = tuple(filter(None, stop))
-        self._ready, self._held_back = [], ""  # final text; text that may be a start of a stop
+        self._ready, self._held_back = [], ""  # final text; text that may become a stop string
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, i: int) -> None:
@@ -296,5 +296,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of a text that is a start of `stop`."""
+    """The length of the longest suffix of a text that is a proper prefix of `stop`."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,6 +1,6 @@
 """GPT-2 in transformers' format: finding, reading and writing it.
 
-Tensors have the same names as ours, with or without the prefix "transformer.". The matrices of a
+Tensors have the same names as ours, but for prefixes such as "transformer.". The matrices of a
 block are stored transposed, as (in, out), because GPT-2 wrote its linear layers as convolutions of
 width 1.
 """
@@ -22,8 +22,17 @@ from data.errors import UserError
 from folio.checkpoint import Checkpoint, meta_model
 from model import GPT, GPTConfig
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-FILES = ("config.json", "model.safetensors")
+NAMES = {  # with GPT-2's own tokenizer
+    **{
+        name: f"openai-community/{name}"
+        for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    },
+    "distilgpt2": "distilbert/distilgpt2",
+}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+FILES = (".pt", ".safetensors")  # endings of checkpoints
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt")
+MASKS = r"h\.\d+\.attn\.(masked_)?bias"  # buffers that older versions stored
 TRANSPOSED = {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
 SIZES = {  # our name: the name in config.json
     "n_layer": "n_layer",
@@ -32,7 +41,9 @@ SIZES = {  # our name: the name in config.json
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
+INDEX = "model.safetensors.index.json"  # names the files of a model that is stored in several
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+SAME_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_python": "gelu"}
 FIXED = {  # other settings of config.json, with the only value that we support
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
@@ -48,44 +59,61 @@ FIXED = {  # other settings of config.json, with the only value that we support
 
 
 def find_folder(name: str, cache_dir: str = "") -> Path | None:
-    """The folder with config.json and model.safetensors for `name`; None if it is neither such a
-    folder nor one of NAMES.
+    """The folder of the model `name` in transformers' format; None if `name` is something else.
 
-    One of NAMES is downloaded once, into `cache_dir` or Hugging Face's default cache.
+    `name` is a folder with a config.json, one of NAMES, or the id of a model on the Hugging Face
+    Hub: "owner/name", if there is no folder "owner". A model of the Hub is downloaded once, into
+    `cache_dir` or Hugging Face's default cache.
     """
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    if name not in NAMES:
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    if name in NAMES:
+        repo_id, also = NAMES[name], ""
+    elif HUB_ID.fullmatch(name) and path.suffix not in FILES and not path.parent.exists():
+        repo_id, also = name, f"there is no file or folder {name}, and "
+    else:
         return None
     try:
-        folder, revision = None, None
-        for file in FILES:  # both of one revision, the one whose config.json is there
-            folder = _from_hub(f"openai-community/{name}", file, cache_dir, revision).parent
-            revision = folder.name
-        return folder
+        return _from_hub(repo_id, cache_dir, needs_tokenizer=name not in NAMES)
     except UserError as error:
-        raise UserError(f"{error}; or give a folder with {name}'s {' and '.join(FILES)}") from None
+        instead = "or give a folder with its config.json and model.safetensors"
+        raise UserError(f"{also}{error}; {instead}") from None
 
 
-def _from_hub(repo_id: str, file: str, cache_dir: str, revision: str | None) -> Path:
-    """The path of a file in the cache; it is downloaded if it is not there yet."""
-    from huggingface_hub import hf_hub_download  # here, because few runs need it
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+def _from_hub(repo_id: str, cache_dir: str, needs_tokenizer: bool) -> Path:
+    """The folder of a model in the cache; it is downloaded if it is not there yet."""
+    from huggingface_hub import snapshot_download  # here, because few runs need it
+    from huggingface_hub.errors import (
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    where = {"cache_dir": cache_dir or None, "endpoint": endpoint, "revision": revision}
+    files = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+    where = {"cache_dir": cache_dir or None, "endpoint": endpoint, "allow_patterns": files}
     try:
-        return Path(hf_hub_download(repo_id, file, local_files_only=True, **where))
-    except LocalEntryNotFoundError:
+        folder = Path(snapshot_download(repo_id, local_files_only=True, **where))
+        weights = weight_files(folder)
+        has_model = (
+            (folder / "config.json").is_file() and weights and all(map(Path.is_file, weights))
+        )
+        has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES[1:])
+        if has_model and (has_tokenizer or not needs_tokenizer):
+            return folder
+    except (LocalEntryNotFoundError, ValueError):
         pass
     try:
         requests.head(endpoint, timeout=TIMEOUT)  # fails fast; offline the library tries for 20 s
-        return Path(hf_hub_download(repo_id, file, **where))
+        return Path(snapshot_download(repo_id, **where))
     except requests.RequestException as error:
         reason = short_reason(error)
+    except RepositoryNotFoundError:
+        reason = "no public model of that name"
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(f"cannot download {file} of {repo_id} from {endpoint} ({reason})")
+    raise UserError(f"cannot download {repo_id} from {endpoint} ({reason})")
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -99,13 +127,22 @@ def load(name: str, folder: Path) -> Checkpoint:
     """
     try:
         config = config_from_gpt2(json.loads((folder / "config.json").read_text("utf-8")))
-        tensors = tensors_from_gpt2(folder / "model.safetensors", config)
+        if not (paths := weight_files(folder)):
+            parts, target = ("M", name) if Path(name).is_dir() else ("T, M", Path(name).name)
+            raise ValueError(
+                "it has no model.safetensors, and pytorch_model.bin is a pickle, which could run "
+                'code; convert it where you trust it: python -c "from transformers import '
+                f"AutoTokenizer as T, GPT2LMHeadModel as M; [c.from_pretrained('{name}')."
+                f"save_pretrained('{target}') for c in [{parts}]]\""
+            )
+        tensors = tensors_from_gpt2(paths, config)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{name} is not a usable model: {error}") from None
+    is_gpt2s = name in NAMES and folder != Path(name)  # not a folder of that name
     meta = {
         "model": "gpt",
         "model_config": asdict(config),
-        "tokenizer": {"kind": "gpt2"} if name in NAMES else tokenizer.stored_in(folder),
+        "tokenizer": {"kind": "gpt2"} if is_gpt2s else tokenizer.stored_in(folder),
         "progress": {},
     }
     return Checkpoint(Path(name), {f"model.{n}": t for n, t in tensors.items()}, meta)
@@ -117,11 +154,20 @@ def config_from_gpt2(theirs: dict) -> GPTConfig:
         raise ValueError("config.json is not a JSON object")
     for key, value in FIXED.items():
         if theirs.get(key, value) != value:
+            n_embd = theirs.get("n_embd")
+            if key == "n_inner" and type(n_embd) is int:
+                value = 4 * n_embd
+                if theirs[key] == value:
+                    continue
             raise ValueError(f"config.json has {key}={theirs[key]}; only {value} is supported")
     activation = theirs.get("activation_function", "gelu_new")
+    if type(activation) is str:
+        activation = SAME_ACTIVATIONS.get(activation, activation)
     if activation not in ACTIVATIONS.values():
         known = ", ".join(ACTIVATIONS.values())
         raise ValueError(f"config.json has activation_function={activation}, which is not {known}")
+    if "n_positions" not in theirs and "n_ctx" in theirs:  # as older versions wrote
+        theirs = {**theirs, "n_positions": theirs["n_ctx"]}
     if missing := [key for key in SIZES.values() if type(theirs.get(key)) is not int]:
         raise ValueError(f"config.json lacks {missing[0]}, or it is not a whole number")
     sizes = {ours: theirs[key] for ours, key in SIZES.items()}
@@ -131,28 +177,58 @@ def config_from_gpt2(theirs: dict) -> GPTConfig:
     return GPTConfig(**sizes, activation=ours[activation])
 
 
-def tensors_from_gpt2(path: Path, config: GPTConfig) -> dict[str, Tensor]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model; none if it has no such files."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text("utf-8"))
+        try:
+            names = sorted(set(index["weight_map"].values()))
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError(f"{INDEX} has no weight_map") from None
+        if foreign := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{INDEX} names a file outside the folder: {foreign[0]}")
+        return [folder / name for name in names]
+    return []
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the prefixes of torch.compile, DDP and transformers."""
+    return re.sub(r"^((_orig_mod|module|transformer)\.)+", "", name)
+
+
+def tie_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with plain names, without masks and without the head, which shares wte.
+
+    Raises ValueError if the head has weights of its own.
+    """
+    tied = {n: t for n, t in tensors.items() if not re.fullmatch(MASKS, n)}
+    head = tied.pop("lm_head.weight", None)
+    wte = tied.setdefault("wte.weight", head) if head is not None else None
+    if head is not wte and not torch.equal(head.float(), wte.float()):
+        raise ValueError("lm_head.weight is not wte.weight; an untied head is not supported")
+    return tied
+
+
+def tensors_from_gpt2(paths: list[Path], config: GPTConfig) -> dict[str, Tensor]:
     """Read the tensors; raises ValueError for a missing, unknown or wrong-shaped one."""
-    tensors = {}
-    with safe_open(path, "pt") as file:
-        stored_names = file.keys()
-        if config.n_layer > len(stored_names):
-            raise ValueError(
-                f"{len(stored_names)} tensors are too few for n_layer={config.n_layer}"
-            )
-        shapes = {n: p.shape for n, p in meta_model("gpt", config).named_parameters()}
-        for stored_name in stored_names:
-            name = stored_name.removeprefix("transformer.")
-            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", name):
-                continue  # the causal mask; the head, which shares wte
-            if name not in shapes:
-                raise ValueError(f"unknown tensor {stored_name}")
-            tensor = file.get_tensor(stored_name).float()
-            if re.sub(r"h\.\d+\.", "", name) in TRANSPOSED and tensor.dim() == 2:
-                tensor = tensor.t()
-            if tensor.shape != (shape := shapes.pop(name)):
-                raise ValueError(f"{stored_name} is {tuple(tensor.shape)}, not {tuple(shape)}")
-            tensors[name] = tensor
+    stored = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            stored |= {plain_name(name): file.get_tensor(name) for name in file.keys()}
+    if config.n_layer > len(stored):
+        raise ValueError(f"{len(stored)} tensors are too few for n_layer={config.n_layer}")
+    shapes = {n: p.shape for n, p in meta_model("gpt", config).named_parameters()}
+    tensors = tie_head(stored)
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise ValueError(f"unknown tensor {name}")
+        if re.sub(r"h\.\d+\.", "", name) in TRANSPOSED and tensor.dim() == 2:
+            tensor = tensor.t()
+        tensors[name] = tensor.float()
+        if tensor.shape != (shape := shapes.pop(name)):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
     if shapes:
         raise ValueError(f"tensor {min(shapes)} is missing")
     return tensors
@@ -163,20 +239,24 @@ def tensors_from_gpt2(path: Path, config: GPTConfig) -> dict[str, Tensor]:
 
 def config_to_gpt2(config: GPTConfig) -> dict:
     """Convert GPTConfig to a config.json; raises ValueError for parts that GPT-2 lacks."""
-    gpt2 = GPTConfig()
+    defaults = GPTConfig()
     foreign = [
         f"{name}={getattr(config, name)}"
         for name in ("norm", "rotary", "qk_norm", "n_kv_head", "conv")
-        if getattr(config, name) != getattr(gpt2, name)
+        if getattr(config, name) != getattr(defaults, name)
     ]
     if config.activation not in ACTIVATIONS:
         foreign.append(f"activation={config.activation}")
     if foreign:
-        raise ValueError(f"transformers' GPT-2 has no {', '.join(foreign)}")
+        raise ValueError(
+            f"transformers' GPT-2 has no {', '.join(foreign)}; a model to export must be trained "
+            "without, as with config/shakespeare_char_gpt2.py"
+        )
     return {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
         **{key: getattr(config, ours) for ours, key in SIZES.items()},
+        "n_ctx": config.block_size,  # converters to GGUF read it
         "activation_function": ACTIVATIONS[config.activation],
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "initializer_range": 0.02,

@@ -59,7 +59,7 @@ def find_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
         raise UserError(f"no device {name!r}; this machine has {count} of type {device.type}")
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device  # also for "cpu:0"
 
 
 def fast_dtype(device: torch.device) -> str:

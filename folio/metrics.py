@@ -16,6 +16,7 @@ import csv
 import html
 import importlib.util
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -27,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from data.errors import UserError
+from folio.checkpoint import TEMPORARY
 
 COLUMNS = (
     "iter_num,tokens,lr,loss,grad_norm,train_loss,val_loss,val_bits_per_byte,"
@@ -70,14 +72,14 @@ class Log:
         tokens: int,
         train_seconds: float,
         max_iters: int,
-        boards: "list[TensorBoard | WandB]",
+        trackers: "list[TensorBoard | WandB]",
     ):
         """Continue at `iter_num`; later rows, written before a kill, are removed."""
-        self._boards = boards
+        self._trackers = trackers
         self._path = path = out_dir / "metrics.csv"
         self._previous = tokens, train_seconds
         rows = [row for row in read_metrics(path) if int(row["iter_num"]) <= iter_num]
-        temporary = path.with_name(path.name + ".partial")
+        temporary = path.with_name(TEMPORARY)
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = self._writer(file)
             writer.writeheader()
@@ -99,8 +101,8 @@ class Log:
         self.bar.close()
         with suppress(OSError):  # every row was flushed
             self._file.close()
-        for board in self._boards:
-            board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def tokens_per_second(self, tokens: int, train_seconds: float) -> float:
         """The speed since the previous call."""
@@ -114,15 +116,15 @@ class Log:
             self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
             self._file.flush()
         measured = {k: v for k, v in row.items() if v is not None}
-        for board in self._boards:
-            board.write(measured)
+        for tracker in self._trackers:
+            tracker.write(measured)
 
     def add_samples(self, iter_num: int, texts: Iterable[str]) -> None:
         """Print generated texts, and pass them on."""
         for text in texts:
             print_line(f"--- sample at iteration {iter_num:,}\n{text}")
-            for board in self._boards:
-                board.add_sample(iter_num, text)
+            for tracker in self._trackers:
+                tracker.add_sample(iter_num, text)
 
     def show_status(self, iter_num: int, text: str) -> None:
         """Show the state of the run, in the progress bar or else on a line."""
@@ -148,7 +150,7 @@ def _name_file(path: Path) -> Iterator[None]:
         raise
 
 
-# ---- boards -------------------------------------------------------------------------------------
+# ---- trackers -----------------------------------------------------------------------------------
 
 
 class TensorBoard:
@@ -208,24 +210,32 @@ class WandB:
         self._run.finish()
 
 
-def open_boards(
+def open_trackers(
     out_dir: Path, iter_num: int, run_id: str, options: dict
 ) -> list[TensorBoard | WandB]:
-    """Open the boards that the options ask for."""
-    boards = []
+    """Open the trackers that the options ask for."""
+    trackers = []
     if options["tensorboard"]:
-        boards.append(TensorBoard(out_dir, iter_num, options))
+        trackers.append(TensorBoard(out_dir, iter_num, options))
     if options["wandb"]:
         names = options["wandb_project"], options["wandb_run_name"]
-        boards.append(WandB(out_dir, *names, run_id, options))
-    return boards
+        trackers.append(WandB(out_dir, *names, run_id, options))
+    return trackers
 
 
-def check_boards(options: dict) -> None:
-    """Raise UserError if the package of a board is not installed."""
+def check_trackers(options: dict) -> None:
+    """Raise UserError if a tracker cannot be used: no package, or no key for wandb."""
     for package in ("tensorboard", "wandb"):
         if options[package] and importlib.util.find_spec(package) is None:
             raise UserError(f"--{package} needs the package {package}: pip install {package}")
+    if options["wandb"] and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--wandb: {reason} WANDB_MODE=offline needs no key") from None
 
 
 # ---- reading and drawing ------------------------------------------------------------------------
@@ -285,11 +295,16 @@ def _figure(path: Path, title: str) -> Iterator:
     axes.set_title(_printable(title), parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(path.name + ".partial")
-    with _name_file(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the font may lack a glyph
-        figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with _name_file(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the font may lack a glyph
+            figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")
+        os.replace(temporary, path)
+    except ValueError as error:  # the ending is not a format of matplotlib
+        raise UserError(f"{path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plot(axes, rows: list[dict[str, str]], column: str, **style: object) -> None:

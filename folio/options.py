@@ -53,11 +53,15 @@ def read_options(
     values, recipes, from_argv = {}, [], set()
 
     def put(name: str, value: object, source: str) -> None:
+        name = full_name(name)
         if name not in types_of:
             hint = _suggest(name, types_of, hints)
             raise UserError(f"{source}: unknown option {name!r}; {hint}")
         values.pop(name, None)  # the order is that of the last assignment
         values[name] = _check(name, value, types_of[name], source)
+
+    def full_name(name: str) -> str:
+        return ALIASES[name] if ALIASES.get(name) in types_of else name
 
     words, unfilled = list(argv), list(positional)
     while words:
@@ -68,7 +72,7 @@ def read_options(
             raise SystemExit(0)
         if word.startswith("--") and len(word) > 2:
             name, has_value, text = word[2:].partition("=")
-            name = name if name in types_of else ALIASES.get(name, name)
+            name = full_name(name)
             if name not in types_of:
                 put(name, text, "command line")
             if not has_value and True in _choices(types_of[name]):
@@ -170,6 +174,8 @@ def _check(name: str, value: object, hint: object, source: str) -> object:
             return None
         hint = typing.get_args(hint)[0]
     base, interval = _base(hint), getattr(hint, "__metadata__", ("",))[0]
+    if base == WORDS and not (type(value) is tuple and all(type(word) is str for word in value)):
+        raise UserError(f"{source}: {name} must be a tuple of strings, not {value!r}")
     if interval == "path":
         interval = ""
         if type(value) is str:
@@ -180,8 +186,7 @@ def _check(name: str, value: object, hint: object, source: str) -> object:
         good = any(type(value) is type(choice) and value == choice for choice in choices)
         wanted = f"one of {_join_choices(hint)}"
     else:
-        good = type(value) is (tuple if base == WORDS else base)
-        good = good or (base is float and type(value) is int)
+        good = base == WORDS or type(value) is base or (base is float and type(value) is int)
         wanted = {int: "a whole number", float: "a number", str: "text", WORDS: "words"}[base]
         if interval:
             wanted += f" in {interval}"

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 
 from data.errors import UserError
 
@@ -25,6 +25,17 @@ USER_ERRNOS = {  # bad paths, as opposed to a full or failing disk
 }
 
 
+def _report_exception(kind: type, error: BaseException, traceback: TracebackType | None) -> None:
+    """For Ctrl-C while a script imports its modules, where no function can catch it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _report_exception
+
+
 def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], int]:
     """Wrap a script's `main(argv)` so that it returns an exit code and prints errors on one line.
 
@@ -36,12 +47,12 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
             if getattr(sys, name) is None:  # closed, for example by cron
                 setattr(sys, name, open(os.devnull, mode))
-        for stream in (sys.stdout, sys.stderr):
+        for stream, encoding in ((sys.stdin, "utf-8"), (sys.stdout, None), (sys.stderr, None)):
             if hasattr(stream, "reconfigure"):  # not in a notebook
-                stream.reconfigure(errors="replace")  # no encoding error may end a run
+                stream.reconfigure(encoding=encoding, errors="replace")  # a run must not end there
         if argv is None:  # in UTF-8, whatever the locale
             argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
-        with _sigterm_exits():
+        with SignalHandlers([signal.SIGTERM], _exit):  # so that `finally` blocks clean up
             try:
                 return main(argv) or 0
             except UserError as error:
@@ -81,9 +92,8 @@ class SignalHandlers:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _sigterm_exits() -> SignalHandlers:
-    """SIGTERM raises SystemExit(143), so that `finally` blocks clean up."""
-    return SignalHandlers([signal.SIGTERM], lambda *_: sys.exit(128 + signal.SIGTERM))
+def _exit(number: int, frame: FrameType) -> None:
+    sys.exit(128 + number)
 
 
 class Stopped(Exception):

@@ -25,7 +25,7 @@ from folio.options import build_options, unescape
 from folio.process import StopSignals
 from model import MODELS, GPTConfig, LanguageModel
 
-TRIALS, TRIAL_SECONDS = 10, 0.5  # limits of the timing of an update; the first one ends it
+TRIALS, TRIAL_SECONDS = 10, 0.5  # of the timing of an update; it stops at the first limit
 SMALLEST_SCALE = 2**-10  # of float16's loss; if gradients overflow even then, the run diverged
 
 
@@ -196,7 +196,7 @@ class Run:
         run_folder.check_disk(Path(cfg.out_dir), self.model.n_params(), n_snapshots, resuming)
 
     def first_word(self) -> str:
-        """A prompt to try: the first whole word of the validation text."""
+        """A prompt to try: a word of the validation text."""
         text = self.tok.decode(self.dataset.val.tokens[:500].tolist())
         return next(iter(re.findall(r"(?<=\W)\w{2,20}", text)), "")
 

@@ -11,12 +11,14 @@ copies if the disk has no hard links. A new run moves an older one aside and nev
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 
 import filelock
 from torch import Tensor
@@ -28,6 +30,7 @@ from folio.checkpoint import TEMPORARY, Checkpoint, sync_folder, write_file
 
 LATEST, BEST, SNAPSHOTS = "ckpt.safetensors", "best.safetensors", "snapshots"
 RECORD, LOCK = "run.json", ".lock"
+HOW_IT_BEGAN = ("init_from", "checkpoint")  # options that run.json keeps when a run is resumed
 
 
 # ---- the folder ---------------------------------------------------------------------------------
@@ -41,7 +44,7 @@ def lock(out_dir: Path) -> Iterator[None]:
         held.acquire()
     except filelock.Timeout:
         raise UserError(
-            f"another process is training in {out_dir}; use another --out_dir"
+            f"another process is training in {out_dir}; wait for it, or use another --out_dir"
         ) from None
     try:
         yield
@@ -54,8 +57,9 @@ def check_new_folder(out_dir: Path) -> bool:
     if not out_dir.name or (out_dir.exists() and not out_dir.is_dir()):
         raise UserError(f"--out_dir={out_dir} cannot be a folder for a run")
     entries = out_dir.iterdir() if out_dir.exists() else ()
-    names = {path.name for path in entries if path.suffix != ".partial"}
-    if names - {LOCK} and not names & {"metrics.csv", RECORD}:
+    names = {path.name for path in entries if not path.name.startswith(".")}
+    names -= {"desktop.ini", "Thumbs.db"}
+    if names and not names & {"metrics.csv", RECORD}:
         raise UserError(f"--out_dir={out_dir} has files that are not a run's; use another folder")
     if names:
         with lock(out_dir):
@@ -79,9 +83,19 @@ def new_folder(out_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_record(out_dir: Path, run_id: str, options: dict) -> None:
-    """Write run.json."""
-    text = json.dumps({"run_id": run_id, "options": options}, indent=1) + "\n"
+def write_record(out_dir: Path, run_id: str, options: dict, iter_num: int = 0) -> None:
+    """Write run.json. Values that a resume at `iter_num` changed are kept under "before"."""
+    try:
+        old = json.loads((out_dir / RECORD).read_text("utf-8"))
+        before = list(old["before"]) if "before" in old else []
+        options = {**options, **{name: old["options"][name] for name in HOW_IT_BEGAN}}
+        changed = {k: v for k, v in old["options"].items() if options.get(k) != v}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        before, changed = [], {}
+    if changed:
+        before.append({"until": iter_num, "options": changed})
+    record = {"run_id": run_id, "options": options} | ({"before": before} if before else {})
+    text = json.dumps(record, indent=1) + "\n"
     write_file(out_dir / RECORD, [text.encode()], out_dir / TEMPORARY)
 
 
@@ -99,10 +113,11 @@ def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -
     needed = (3 + n_snapshots) * 12 * n_params
     free = shutil.disk_usage(folder).free + sum(reused.values())
     if free < needed:
+        fewer = ", or set keep_snapshots" if n_snapshots else ""
         raise UserError(
             f"--out_dir={out_dir}: {3 + n_snapshots} checkpoints need about "
-            f"{needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
-            "use another disk, or set keep_snapshots"
+            f"{math.ceil(needed / 2**20):,} MiB and {free / 2**20:,.0f} MiB are free; "
+            f"use another disk{fewer}"
         )
 
 
@@ -186,6 +201,13 @@ def open_checkpoint(name: str, cache_dir: str = "") -> Checkpoint:
     if folder := gpt2.find_folder(name, cache_dir):
         return gpt2.load(name, folder)
     path = Path(name)
+    for file in (path, path / "ckpt.pt"):
+        if checkpoint.is_torch_file(file):
+            command = f"python convert.py {quote(str(file))} out/imported"
+            raise UserError(
+                f"{name} is from torch.save(), as nanoGPT's checkpoints are; import it: {command}, "
+                "with --dataset=NAME if it was not trained on GPT-2's tokens"
+            )
     if path.is_dir():
         candidates = [path / BEST, path / LATEST]
         path = next((p for p in candidates if p.is_file()), None)
@@ -215,7 +237,7 @@ def load_latest(out_dir: Path) -> Checkpoint:
             iter_num = ckpt.meta["progress"].get("iter_num")
             print(f"{problems[0]}; resuming from {path}, iteration {iter_num}")
         return ckpt
-    more = f"; neither are the {len(others)} other checkpoints" if others else ""
+    more = f"; none of the {len(others)} others can be used either" if others else ""
     raise UserError(problems[0] + more)
 
 

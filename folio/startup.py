@@ -1,7 +1,10 @@
 """What a run starts from: its data set, built if needed, and the options of a checkpoint."""
 
+import glob
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,30 +23,33 @@ DOWNLOAD_SECONDS = 10  # the quick start's limit for its download, before it use
 
 
 def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
-    """Open a data set, after building it if it is missing and prepare.py has a recipe for it.
+    """Open a data set, after building it if it is missing and prepare.py can: from its recipe, or
+    from the text in data_dir/NAME/input.txt.
 
     The quick start falls back to the Python language reference, which needs no download, if tiny
     Shakespeare cannot be downloaded within seconds.
     """
     if data_dir.is_file():
         raise UserError(f"--data_dir={data_dir} is a file, not a folder")
-    if not (data_dir / name).is_dir():
+    folder = bins.find(data_dir, name)
+    if not bins.is_built(folder):
         try:
-            _run_prepare(data_dir, name, DOWNLOAD_SECONDS if quick_start else None)
+            _run_prepare(folder, DOWNLOAD_SECONDS if quick_start else None)
         except UserError as error:
             if not quick_start:
-                raise
+                raise UserError(f"there is no data set {folder} (--data_dir): {error}") from None
             reason = str(error).split(";")[0]
             print(f"no tiny Shakespeare: {reason}; using pydocs, the Python language reference")
-            name = "pydocs"
-            if not (data_dir / name).is_dir():
-                _run_prepare(data_dir, name)
-    return bins.load(data_dir / name)
+            folder = data_dir / "pydocs"
+            if not bins.is_built(folder):
+                _run_prepare(folder)
+    return bins.load(folder)
 
 
-def _run_prepare(data_dir: Path, name: str, timeout: float | None = None) -> None:
+def _run_prepare(folder: Path, timeout: float | None = None) -> None:
     """Run prepare.py; raises the error that it reports, or UserError after `timeout` seconds."""
-    command = [sys.executable, str(ROOT / "prepare.py"), name, f"--data_dir={data_dir}"]
+    script, name, parent = str(ROOT / "prepare.py"), folder.name, folder.parent
+    command = [sys.executable, script, name, f"--data_dir={parent}"]
     try:
         done = subprocess.run(
             command,
@@ -77,10 +83,38 @@ def check_dataset(dataset: bins.Dataset, block_size: int, vocab_size: int) -> No
 
 def check_same_data(dataset: bins.Dataset, ckpt: Checkpoint, resuming: bool) -> None:
     """Raise UserError if the tokenizer, or when resuming the data, is not the checkpoint's."""
-    if ckpt.meta["tokenizer"] != dataset.tokenizer:
-        raise UserError(f"{dataset.folder} has a different tokenizer from {ckpt.path}")
+    folder = dataset.folder
     if resuming and ckpt.meta["dataset"] != dataset.fingerprint:
-        raise UserError(f"{dataset.folder} is not the data set that {ckpt.path} was trained on")
+        advice = ""
+        for other in sorted(folder.parent.glob(f"{glob.escape(folder.name)}.*")):
+            with suppress(UserError):  # not a data set
+                if bins.load(other).fingerprint == ckpt.meta["dataset"]:
+                    advice = f"; {other} is: it was moved aside; use --dataset={other.name}"
+        raise UserError(f"{folder} is not the data set that {ckpt.path} was trained on{advice}")
+    if ckpt.meta["tokenizer"] != dataset.tokenizer and not _new_characters(dataset, ckpt):
+        raise UserError(
+            f"{folder} has a different tokenizer from {ckpt.path}; prepare its text with "
+            f"--tokenizer={ckpt.path}"
+        )
+
+
+def model_vocab_size(given: int | None, dataset: bins.Dataset, ckpt: Checkpoint | None) -> int:
+    """The number of ids of the model: `given`, but enough for the data set if its characters extend
+    those of the model to finetune. Without a model it is the data set's."""
+    if ckpt and (new := _new_characters(dataset, ckpt)):
+        shown = new if len(new) <= 20 else f"{new[:20]}..."
+        print(f"new characters, which start with the mean embedding: {len(new)} ({shown!r})")
+        return max(given, dataset.vocab_size)
+    return given or dataset.vocab_size
+
+
+def _new_characters(dataset: bins.Dataset, ckpt: Checkpoint) -> str:
+    """The characters that a data set's tokenizer adds to the checkpoint's; empty if it differs in
+    anything else."""
+    new, old = (dict(t) for t in (dataset.tokenizer, ckpt.meta["tokenizer"]))
+    characters, known = (t.pop("characters", None) for t in (new, old))
+    extends = new == old and type(characters) is type(known) is str
+    return characters[len(known) :] if extends and characters.startswith(known) else ""
 
 
 def find_resumed(out_dir: str, path: str) -> Path:
@@ -143,16 +177,20 @@ def resumed_options(given: dict, ckpt: Checkpoint, known: set[str]) -> dict:
 def finetuned_options(given: dict, ckpt: Checkpoint) -> dict:
     """The model options and the data set of `ckpt`, overridden by `given`.
 
-    block_size may be cropped and vocab_size padded; raises UserError for other model changes.
+    vocab_size may be larger. block_size may be smaller, and larger if positions are rotary. Raises
+    UserError for other changes of the model.
     """
     saved = _model_options(ckpt)
     for name in saved:
         if name == "dropout" or given.get(name, saved[name]) == saved[name]:
             continue
         crops = name == "block_size" and given[name] < saved[name]
+        extends = name == "block_size" and saved["rotary"]
         pads = name == "vocab_size" and given[name] > saved[name]
-        if not (crops or pads):
+        if not (crops or extends or pads):
             raise _made_with(ckpt, name, given[name], saved[name])
+        if name == "block_size":
+            print(f"block_size={given[name]}; {ckpt.path} was trained with {saved[name]}")
     if "dataset" not in given:
         run_config = ckpt.meta.get("run_config", {})
         saved |= {name: run_config[name] for name in ("dataset", "data_dir") if name in run_config}
@@ -168,9 +206,12 @@ def _made_with(ckpt: Checkpoint, name: str, given: object, saved: object) -> Use
     return UserError(f"{name}={given}, but {ckpt.path} was made with {name}={saved}")
 
 
-def describe(run: Run) -> None:
-    """Print the machine, the data and the model."""
+def describe(run: Run, ckpt: Checkpoint | None) -> None:
+    """Print the machine, the data and the model, and of a resumed run its state."""
     cfg, data, model = run.cfg, run.dataset, run.model
+    if cfg.init_from == "resume" and not cfg.eval_only:
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(ckpt.path.stat().st_mtime))
+        print(f"resume:  {ckpt.path}, saved {saved}, {run.progress.iter_num:,} updates")
     name = f"{torch.get_num_threads()} threads"
     if cfg.device.startswith("cuda"):
         name = torch.cuda.get_device_name(cfg.device)

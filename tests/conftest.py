@@ -114,6 +114,6 @@ def write_bins(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
 
 
 def script(name: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script in a process of its own; its output as text."""
+    """Run a script in a process of its own; its output is text unless text=False."""
     command = [sys.executable, str(ROOT / name), *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, capture_output=True, timeout=120, **{"text": True, **kwargs})

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import convert  # noqa: E402
+import evaluate  # noqa: E402
 import prepare  # noqa: E402
 import runs  # noqa: E402
 import sample  # noqa: E402
@@ -19,6 +20,7 @@ PAGES = {
     "prepare.py": prepare.PrepareConfig,
     "train.py": train.TrainConfig,
     "sample.py": sample.SampleConfig,
+    "evaluate.py": evaluate.EvaluateConfig,
     "convert.py": convert.ConvertConfig,
     "runs.py": runs.RunsConfig,
 }

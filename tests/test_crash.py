@@ -333,7 +333,7 @@ def test_a_disk_without_room_is_said_before_the_run_starts(train_small, monkeypa
     usage = shutil.disk_usage(".")._replace(free=1 << 20)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage)
     assert train_small("--snapshot_interval=1", "--max_iters=20") == 2
-    assert "23 checkpoints need about 7 MiB and 1 MiB are free" in capsys.readouterr().err
+    assert "23 checkpoints need about 8 MiB and 1 MiB are free" in capsys.readouterr().err
     assert not Path("run").exists()
     assert train_small("--snapshot_interval=1", "--keep_snapshots=0", "--max_iters=1") == 2
 

@@ -1,5 +1,6 @@
 """Promise: any text becomes documents, the same on every run, and documents become splits."""
 
+import bz2
 import gzip
 import json
 import os
@@ -17,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import prepare
-from data import bins, documents, tokenizer
+from data import bins, documents, formats, tokenizer
 from data.documents import Corpus, Document
 
 LIBRARY = Path(sysconfig.get_path("stdlib")) / "asyncio"  # half a megabyte of Python
@@ -76,7 +77,7 @@ def test_binary_files_in_a_folder_are_counted(folder, capsys):
 
 def test_pythons_own_library_needs_no_download():
     corpus = Corpus(("pystdlib",), Path())
-    names = {path.name for path, _ in corpus.files}
+    names = {file.path.name for file in corpus.files}
     assert {"argparse.py", "__future__.py"} <= names and "test_argparse.py" not in names
     assert sum(d.size() for d in corpus) > 5_000_000
 
@@ -351,3 +352,49 @@ def test_a_damaged_checkpoint_gives_no_tokenizer(train_small, capsys):
 def test_what_is_no_tokenizer_is_refused(meta):
     with pytest.raises(prepare.UserError):
         tokenizer.load(meta)
+
+
+# ---- long files ---------------------------------------------------------------------------------
+
+
+def test_what_is_noticed_counts_to_the_end_of_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("long.txt").write_bytes(b"a\r\n" * 600_000 + b"\xff")
+    build("--input=long.txt", "--errors=replace")
+    out = capsys.readouterr().out
+    assert "lines that end in CRLF: 600,000" in out and "bytes replaced: 1" in out
+
+
+def test_a_mark_at_the_start_of_a_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in (2, 1, 0):  # the newline and the mark, each on either side of the border
+        first = b"x" * (formats.BLOCK_BYTES - n) + b"\n"
+        Path("marks.txt").write_bytes(first + b"\xef\xbb\xbfmarked\n")
+        assert read("marks.txt") == [first.decode() + "marked\n"]
+
+
+def test_damage_in_the_middle_of_a_compressed_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content = bytearray(bz2.compress(random.Random(0).randbytes(2_000_000).hex().encode()))
+    content[len(content) // 2 :] = bytes(len(content) // 2)
+    Path("damaged.txt.bz2").write_bytes(content)
+    assert prepare.main(["--name=mine", "--input=damaged.txt.bz2"]) == 2
+    assert "damaged.txt.bz2 is damaged" in capsys.readouterr().err
+
+
+def test_a_place_in_a_normalized_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("known.txt").write_text("e\u0301\n" * 30, encoding="utf-8")
+    assert prepare.main(["--name=mine", "--input=known.txt", "--normalize=NFC"]) == 0
+    Path("new.txt").write_text("e\u0301\n" * 30 + "\n\nx", encoding="utf-8")
+    argv = ["--name=new", "--input=new.txt", "--tokenizer=data/mine"]
+    assert prepare.main(argv) == 2
+    assert "new.txt, character 93 (line 33): the vocabulary has no 'x'" in capsys.readouterr().err
+
+
+def test_no_document_in_a_split(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("many.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(100)))
+    argv = ["--name=mine", "--input=many.jsonl", "--val_fraction=1e-9"]
+    assert prepare.main(argv) == 2
+    assert "no document was assigned to the val split" in capsys.readouterr().err

@@ -110,8 +110,8 @@ def test_what_is_not_the_file_never_gets_its_name(server, tmp_path, path, says, 
 def test_many_remarks_at_the_head_of_a_text_are_read_quickly():
     """Each way to read them anew would double the time."""
     remarks = b"<!-- a --> \n" * 3000
-    assert not download.PAGE.match(remarks + b"text")
-    assert download.PAGE.match(remarks + b"<html>")
+    assert not download.HTML.match(remarks + b"text")
+    assert download.HTML.match(remarks + b"<html>")
 
 
 def test_no_server(tmp_path):

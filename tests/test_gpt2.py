@@ -250,7 +250,10 @@ def test_newer_parts_are_refused_by_name(train_small, capsys):
     assert convert.main(["run", "hf"]) == 2
     err = capsys.readouterr().err
     assert "norm=rmsnorm, rotary=True, qk_norm=True, n_kv_head=1, conv=3, " in err
-    assert "activation=relu2; only GPT-2's parts" in err and err.count("\n") == 1
+    assert (
+        "activation=relu2; a model to export must be trained without" in err
+        and err.count("\n") == 1
+    )
     assert not list(Path().glob("hf*"))
 
 
@@ -419,6 +422,14 @@ def test_the_wrong_tokenizer_for_a_nanogpt_checkpoint(tmp_path, capsys):
 
 
 # ---- sample.py ----------------------------------------------------------------------------------
+
+
+def test_interactive_input_that_is_not_utf8(train_small, tmp_path):
+    assert train_small("--max_iters=2", "--num_samples=0") == 0
+    argv = ["--checkpoint=run", "--interactive", "--max_new_tokens=5", "--device=cpu"]
+    done = script("sample.py", *argv, cwd=tmp_path, input=b"caf\xe9\nThe\n", text=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert b"U+FFFD" in done.stderr and done.stdout.startswith(b"The")
 
 
 def test_interactive(train_small, tmp_path):

@@ -1,4 +1,4 @@
-"""Promise: GPT-2 comes from the Hub once, and is kept where transformers finds it.
+"""Promise: a model comes from the Hub once, and is kept where transformers finds it.
 
 A server on this machine plays the Hub.
 """
@@ -18,6 +18,8 @@ from folio import gpt2
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 FILES = {
     "config.json": json.dumps({"n_layer": 1}).encode(),
+    "vocab.json": b"{}",
+    "merges.txt": b"",
     "model.safetensors": bytes(range(256)) * 4000,
 }
 
@@ -34,7 +36,7 @@ class Hub(BaseHTTPRequestHandler):
         if name not in FILES or self.fault == "404":
             return self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
         body = FILES[name]
-        if name == "config.json":
+        if name != "model.safetensors":
             etag = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
             return self.answer(200, body, ETag=f'"{etag}"', **{"X-Repo-Commit": COMMIT})
         linked = {
@@ -45,16 +47,34 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(302, b"", Location=self.cdn(), **linked)
 
     def do_GET(self):
+        if self.path.startswith("/api/models/"):
+            return self.answer_about_model()
         asked = self.headers.get("Range")
         self.requests.append(("GET", self.path, asked))
         if self.path.endswith("model.safetensors"):
             return self.answer(302, b"", Location=self.cdn())
-        if self.path.endswith("config.json"):
-            return self.answer(200, FILES["config.json"])
+        name = self.path.rsplit("/", 1)[-1]
+        if name in FILES:
+            return self.answer(200, FILES[name])
         body = FILES["model.safetensors"]
         start = int(asked[6:-1]) if asked else 0
         cut = len(body) // 3 if self.fault == "cut" and not asked else len(body)
         self.answer(206 if start else 200, body[start:cut], length=len(body) - start)
+
+    def answer_about_model(self):
+        self.requests.append(("GET", self.path))
+        if self.fault == "404":
+            return self.answer(404, b"", **{"X-Error-Code": "RepoNotFound"})
+        if "/tree/" in self.path:
+            others = dict.fromkeys(("pytorch_model.bin", "README.md"), b"")
+            answer = [
+                {"type": "file", "path": name, "size": len(body), "oid": name}
+                for name, body in {**FILES, **others}.items()
+            ]
+        else:
+            answer = {"id": "model", "sha": COMMIT}
+        body = json.dumps(answer).encode()
+        self.answer(200, body, **{"Content-Type": "application/json"})
 
     def cdn(self):
         return f"http://localhost:{self.server.server_port}/cdn/weights"
@@ -95,20 +115,40 @@ def test_a_model_is_downloaded_once(hub, tmp_path):
 
 def test_after_a_cut_connection_the_next_call_completes_it(hub, tmp_path):
     hub.fault = "cut"
-    with pytest.raises(UserError, match="cannot download model.safetensors"):
+    with pytest.raises(UserError, match="cannot download openai-community/gpt2"):
         gpt2.find_folder("gpt2", str(tmp_path))
     hub.fault = ""
     folder = gpt2.find_folder("gpt2", str(tmp_path))
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
-def test_other_names_mean_no_model():
-    assert gpt2.find_folder("gpt3") is None and gpt2.find_folder("out") is None
+def test_any_model_by_its_id(hub, tmp_path):
+    folder = gpt2.find_folder("someone/gpt2-czech", str(tmp_path))
+    assert {path.name for path in folder.iterdir()} == set(FILES), "no pickle"
+    n_requests = len(hub.requests)
+    assert gpt2.find_folder("someone/gpt2-czech", str(tmp_path)) == folder
+    assert len(hub.requests) == n_requests
 
 
-def test_a_file_that_is_missing_is_said(hub, tmp_path):
+def test_a_model_that_was_cached_without_its_tokenizer_gets_it(hub, tmp_path):
+    folder = gpt2.find_folder("someone/gpt2-czech", str(tmp_path))
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+    assert gpt2.find_folder("someone/gpt2-czech", str(tmp_path)) == folder
+    assert (folder / "vocab.json").is_file()
+
+
+def test_paths_do_not_go_to_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name in ("gpt3", "out", "out/mine", "../mine", "/mine", "a/b/c", "mine/", ""):
+        assert gpt2.find_folder(name) is None
+    assert not hub.requests
+
+
+def test_a_model_that_is_missing_is_said(hub, tmp_path):
     hub.fault = "404"
-    with pytest.raises(UserError, match="cannot download config.json of openai-community/gpt2"):
+    with pytest.raises(UserError, match="cannot download openai-community/gpt2 .*no public model"):
         gpt2.find_folder("gpt2", str(tmp_path))
 
 
@@ -117,5 +157,6 @@ def test_without_a_network(tmp_path, monkeypatch, capsys):
     argv = ["--checkpoint=gpt2-xl", f"--cache_dir={tmp_path}", "--device=cpu"]
     assert sample.main(argv) == 2
     err = capsys.readouterr().err
-    assert "(no connection); or give a folder with gpt2-xl's config.json" in err
+    assert "cannot download openai-community/gpt2-xl" in err
+    assert "(no connection); or give a folder with its config.json" in err
     assert err.count("\n") == 1

@@ -1,12 +1,18 @@
 """Promise: main(argv) can be called from anywhere: a thread, a notebook, with streams replaced."""
 
 import io
+import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, SMALL
+from conftest import script as run_script
 
 import prepare
 import sample
@@ -36,6 +42,36 @@ def test_streams_that_are_no_files(train_small):
         assert train_small("--max_iters=2") == 0
         assert sample.main(["--checkpoint=run", "--prompt=The", "--max_new_tokens=5"]) == 0
     assert "done:" in out.getvalue() and "\nThe" in out.getvalue()
+
+
+def test_the_readmes_notebook(tmp_path, text):
+    """Its four cells in a real kernel, with a smaller model."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    (tmp_path / "book.txt").write_text(text)
+    (cells,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    small = ", ".join(f'"{word}"' for word in SMALL[3:])
+    cells = cells.replace("%pip install -q -r requirements.txt", f"%cd {tmp_path}")
+    cells = cells.replace('"--minutes=5"', small).replace("Once", "The").split("\n\n")
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    client = nbclient.NotebookClient(notebook, timeout=120)
+    client.execute(cwd=str(tmp_path), env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert len(cells) == 4
+    for cell in notebook.cells[1:]:
+        assert cell.outputs[-1]["data"]["text/plain"] == "0", cell.outputs
+    printed = "".join(o["text"] for o in notebook.cells[3].outputs if o["output_type"] == "stream")
+    assert printed.count("\nThe") + printed.startswith("The") == 3
+    assert (tmp_path / "out" / "mine" / "loss.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "prepare", "convert", "runs", "evaluate"])
+def test_ctrl_c_during_the_imports_and_help_without_docstrings(tmp_path, name):
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")
+    done = run_script(f"{name}.py", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode in (130, -signal.SIGINT)
+    assert (done.stdout, done.stderr) == ("", "error: interrupted\n")
+    command = [sys.executable, "-OO", str(ROOT / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--" in done.stdout and not done.stderr
 
 
 def test_the_handlers_of_signals_are_put_back(train_small):

@@ -5,6 +5,8 @@ evaluations come and go, and an epoch ends.
 """
 
 import csv
+import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -281,3 +283,48 @@ def test_with_float16_no_update_follows_a_divergence(train_small, monkeypatch, p
     before_three, *later = weights[-5:]
     assert not torch.equal(weights[-6], before_three)
     assert all(torch.equal(table, before_three) for table in later)
+
+
+def test_a_resume_says_which_run_goes_on(train_small, monkeypatch, capsys, data_dir):
+    assert train_small("--max_iters=3", "--out_dir=out/a") == 0
+    capsys.readouterr()
+    assert script.main(["--init_from=resume", "--max_iters=4", "--learning_rate=1e-4"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(
+        r"resume:  out/a/ckpt\.safetensors, saved 20\d\d-\d\d-\d\d \d\d:\d\d, 3 updates", first
+    )
+
+
+def test_run_json_has_what_a_resume_changed(train_small, resume_run):
+    assert train_small("--max_iters=3", "--learning_rate=1e-3") == 0
+    assert resume_run() == 0
+    assert "before" not in json.loads(Path("run/run.json").read_text("utf-8"))
+    assert resume_run("--max_iters=4", "--learning_rate=1e-4") == 0
+    assert resume_run("--max_iters=5") == 0
+    record = json.loads(Path("run/run.json").read_text("utf-8"))
+    assert record["options"]["max_iters"] == 5 and record["options"]["learning_rate"] == 1e-4
+    first, second = record["before"]
+    assert first["until"] == 3 and second["until"] == 4
+    assert first["options"]["learning_rate"] == 1e-3 and first["options"]["max_iters"] == 3
+    assert second["options"]["max_iters"] == 4 and "learning_rate" not in second["options"]
+
+
+def test_commands_to_paste_quote_their_paths(train_small, capsys):
+    assert train_small("--out_dir=my runs/a b", "--num_samples=0") == 0
+    assert "sample.py --checkpoint 'my runs/a b' --prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "desktop.ini", ".directory", "Thumbs.db"])
+def test_a_folder_with_a_file_of_the_desktop_is_empty(train_small, name):
+    Path("run").mkdir()
+    Path("run", name).write_text("")
+    assert train_small("--num_samples=0", "--max_iters=1") == 0
+    assert Path("run/ckpt.safetensors").exists() and not Path("run.1").exists()
+
+
+@pytest.mark.parametrize("name", ["new.partial", "notes.partial", "ckpt.safetensors.partial"])
+def test_a_users_file_is_never_taken_for_ours(train_small, name):
+    Path("run").mkdir()
+    Path("run", name).write_text("mine")
+    assert train_small("--num_samples=0", "--max_iters=1") == 2
+    assert Path("run", name).read_text() == "mine"

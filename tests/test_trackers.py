@@ -102,11 +102,25 @@ def test_wandb_offline(data_dir, tmp_path):
     assert [r["iter_num"] for r in samples] == [20, 30]
 
 
-@pytest.mark.parametrize("board", ["tensorboard", "wandb"])
-def test_a_missing_package_is_one_line(train_small, monkeypatch, capsys, board):
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_missing_package_is_one_line(train_small, monkeypatch, capsys, tracker):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    assert train_small(f"--{board}") == 2
+    assert train_small(f"--{tracker}") == 2
     assert capsys.readouterr().err == (
-        f"error: --{board} needs the package {board}: pip install {board}\n"
+        f"error: --{tracker} needs the package {tracker}: pip install {tracker}\n"
     )
     assert not Path("run").exists()
+
+
+def test_wandb_without_a_key_leaves_the_older_run_where_it_is(data_dir, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.csv").write_text("an older run")
+    unset = ("WANDB_MODE", "WANDB_API_KEY")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
+    argv = [*SMALL, f"--data_dir={data_dir}", "--wandb"]
+    done = script("train.py", *argv, cwd=tmp_path, env=env)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "WANDB_MODE=offline needs no key" in done.stderr
+    assert [path.name for path in tmp_path.glob("run*")] == ["run"]
+    assert [path.name for path in tmp_path.glob("run/*")] == ["metrics.csv"]
