@@ -27,7 +27,7 @@ import torch
 
 from data import bins, tokenizer
 from data.errors import UserError
-from folio import checkpoint, gpt2, run_folder
+from folio import checkpoint, gpt2, hf_tokenizer, run_folder
 from folio.checkpoint import Checkpoint, is_torch_file
 from folio.options import PathStr, build_options, read_options
 from model import GPT, GPTConfig
@@ -84,7 +84,7 @@ def export(source: str, target: Path, cache_dir: str) -> None:
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tok.end_of_text)
-    files, has_end = tok.files(), tok.end_of_text is not None
+    files, has_end = hf_tokenizer.files(tok), tok.end_of_text is not None
     settings = {
         "tokenizer_class": "GPT2Tokenizer" if "vocab.json" in files else "PreTrainedTokenizerFast",
         "model_max_length": model.config.block_size,
@@ -95,7 +95,7 @@ def export(source: str, target: Path, cache_dir: str) -> None:
     for name, content in {
         "config.json": config,
         "tokenizer_config.json": settings,
-        tokenizer.EXPORTED: tok.meta(),
+        hf_tokenizer.OURS: tok.meta(),
     }.items():
         files[name] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
     with new_folder(target) as folder:

@@ -266,10 +266,11 @@ def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a data set, a run, a checkpoint or a model of the Hugging Face Hub."""
     path = Path(name)
-    if not path.exists():
+    if not path.exists() or (path / "config.json").exists():
         from folio import gpt2  # here, because it imports torch
 
-        path = gpt2.find_folder(name) or path
+        if folder := gpt2.find_folder(name):
+            return tokenizer.load(gpt2.load(name, folder).meta["tokenizer"])
     try:
         return tokenizer.load(tokenizer.stored_in(path))
     except UserError as error:

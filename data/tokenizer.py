@@ -11,7 +11,6 @@ end_of_text        the id that separates documents; None if a newline does
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterable
@@ -20,16 +19,14 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from data import vocab_files
 from data.download import fetch
 from data.errors import UserError
-from data.vocab_files import END_OF_TEXT
 
 KINDS = ("char", "byte", "gpt2", "bpe")
 GPT2_PATTERN = (  # how GPT-2 splits text before merging byte pairs; no token crosses a split
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
-EXPORTED = "folio_tokenizer.json"  # what convert.py writes beside transformers' files
+END_OF_TEXT = "<|endoftext|>"
 
 
 class UnknownCharacters(UserError):
@@ -79,10 +76,6 @@ class Tokenizer:
     def _content(self) -> dict:
         """The entries of meta() besides the kind."""
         return {}
-
-    def files(self) -> dict[str, bytes]:
-        """The tokenizer as files of transformers, by name: tokenizer.json, or GPT-2's two."""
-        raise NotImplementedError
 
 
 class CharTokenizer(Tokenizer):
@@ -134,9 +127,6 @@ class CharTokenizer(Tokenizer):
     def _content(self) -> dict:
         return {"characters": self.characters}
 
-    def files(self) -> dict[str, bytes]:
-        return vocab_files.write_characters(self.characters, self.normalize)
-
 
 class ByteTokenizer(Tokenizer):
     """Each byte of UTF-8 is a token: any text in any language, with nothing to store."""
@@ -149,9 +139,6 @@ class ByteTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(int(i) for i in ids)
-
-    def files(self) -> dict[str, bytes]:
-        return vocab_files.write_bytes(self.normalize)
 
 
 class BytePairTokenizer(Tokenizer):
@@ -176,10 +163,10 @@ class BytePairTokenizer(Tokenizer):
             raise ValueError("a tokenizer's tokens must be distinct and longer than a byte")
         self._imported = ids is not None
         self.end_of_text = end_of_text if self._imported else len(ranks)
-        self._ids = np.array(ids if self._imported else range(len(ranks)), np.int64)
-        if self._ids.shape != (len(ranks),) or len(np.unique(self._ids[256:])) != len(tokens):
+        self.ids = np.array(ids if self._imported else range(len(ranks)), np.int64)
+        if self.ids.shape != (len(ranks),) or len(np.unique(self.ids[256:])) != len(tokens):
             raise ValueError("a tokenizer's ids must be distinct, one for each token")
-        known = [*self._ids.tolist(), -1 if self.end_of_text is None else self.end_of_text]
+        known = [*self.ids.tolist(), -1 if self.end_of_text is None else self.end_of_text]
         if not -1 <= min(known) <= max(known) < 2**32:
             raise ValueError("a tokenizer's ids must be in [0, 2**32)")
         self.vocab_size = max(known) + 1
@@ -213,7 +200,7 @@ class BytePairTokenizer(Tokenizer):
             ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError as error:  # a run of spaces too long for tiktoken's regex engine
             raise UserError(f"the tokenizer cannot encode this text: {error}") from None
-        ids = self._ids[ranks]
+        ids = self.ids[ranks]
         if (ids < 0).any():
             missing = int(ranks[int((ids < 0).argmax())])
             raise UserError(f"the vocabulary has no token for the byte 0x{missing:02x}")
@@ -225,17 +212,10 @@ class BytePairTokenizer(Tokenizer):
         return self._encoding.decode_bytes(ranks)
 
     def _content(self) -> dict:
-        content = {
-            "tokens": [token.decode("latin-1") for token in self.tokens]
-        }  # a character per byte
+        content = {"tokens": [token.decode("latin-1") for token in self.tokens]}  # byte by byte
         if self._imported:
-            content |= {"ids": self._ids.tolist(), "end_of_text": self.end_of_text}
+            content |= {"ids": self.ids.tolist(), "end_of_text": self.end_of_text}
         return content
-
-    def files(self) -> dict[str, bytes]:
-        tokens = [bytes([i]) for i in range(256)] + self.tokens
-        vocab, merges = vocab_files.byte_pairs(tokens, self._ids.tolist())
-        return vocab_files.write_bpe(vocab, merges, self.end_of_text, self.normalize)
 
 
 class GPT2Tokenizer(BytePairTokenizer):
@@ -248,19 +228,13 @@ class GPT2Tokenizer(BytePairTokenizer):
     def __init__(self):
         import tiktoken
 
-        self._paths = _fetch_gpt2_vocabulary()
+        self.paths = _fetch_gpt2_vocabulary()
         self._encoding = tiktoken.get_encoding("gpt2")
-        self._ids = np.arange(self.vocab_size)
+        self.ids = np.arange(self.vocab_size)
         self._rank_of = range(self.vocab_size)
 
     def _content(self) -> dict:
         return {}
-
-    def files(self) -> dict[str, bytes]:
-        merges, vocab = (path.read_text("utf-8") for path in self._paths)
-        vocab, merges = json.loads(vocab), merges.splitlines()[1:]
-        del vocab[END_OF_TEXT]
-        return vocab_files.write_bpe(vocab, merges, self.end_of_text, self.normalize)
 
 
 def load(meta: dict) -> Tokenizer:
@@ -287,18 +261,9 @@ def load(meta: dict) -> Tokenizer:
 
 
 def stored_in(path: Path) -> dict:
-    """Read the meta() of a tokenizer from a data set, a run, a checkpoint, or the folder of a GPT-2
-    model in transformers' format. Raises UserError if there is none."""
+    """Read the meta() of the tokenizer of a data set, a run or a checkpoint; raises UserError if
+    there is none."""
     try:
-        if (path / "config.json").is_file():
-            if (path / EXPORTED).is_file():
-                return json.loads((path / EXPORTED).read_text("utf-8"))
-            if (meta := vocab_files.read(path)) is not None:
-                return meta
-            if json.loads((path / "config.json").read_text("utf-8"))["vocab_size"] < 50257:
-                raise ValueError("it has no tokenizer, and its vocabulary is smaller than GPT-2's")
-            print(f"{path} has no tokenizer: GPT-2's is used", file=sys.stderr)
-            return {"kind": "gpt2"}
         if (path / "meta.json").is_file():
             return json.loads((path / "meta.json").read_text("utf-8"))["tokenizer"]
         for name in ("best.safetensors", "ckpt.safetensors"):

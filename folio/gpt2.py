@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data import tokenizer
 from data.download import TIMEOUT, short_reason
 from data.errors import UserError
+from folio import hf_tokenizer
 from folio.checkpoint import Checkpoint, meta_model
 from model import GPT, GPTConfig
 
@@ -142,7 +142,7 @@ def load(name: str, folder: Path) -> Checkpoint:
     meta = {
         "model": "gpt",
         "model_config": asdict(config),
-        "tokenizer": {"kind": "gpt2"} if is_gpt2s else tokenizer.stored_in(folder),
+        "tokenizer": {"kind": "gpt2"} if is_gpt2s else hf_tokenizer.read(folder, config.vocab_size),
         "progress": {},
     }
     return Checkpoint(Path(name), {f"model.{n}": t for n, t in tensors.items()}, meta)

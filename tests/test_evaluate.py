@@ -17,7 +17,7 @@ from test_gpt2 import save_gpt2
 
 import evaluate
 from data import tokenizer
-from folio import checkpoint, evaluation
+from folio import checkpoint, evaluation, hf_tokenizer
 from model import Bigram, GPTConfig
 
 CHARACTERS = "\n :AabE."
@@ -177,7 +177,7 @@ def gpt2_folder(tmp_path_factory) -> Path:
     """A random model of GPT-2's kind, with GPT-2's tokenizer."""
     folder = tmp_path_factory.mktemp("gpt2")
     save_gpt2(folder, n_positions=64)
-    for name, data in tokenizer.GPT2Tokenizer().files().items():
+    for name, data in hf_tokenizer.files(tokenizer.GPT2Tokenizer()).items():
         (folder / name).write_bytes(data)
     end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **end}

@@ -21,7 +21,7 @@ import sample
 import train
 from data import documents, tokenizer
 from data.errors import UserError
-from folio import checkpoint
+from folio import checkpoint, hf_tokenizer
 from model import GPT, GPTConfig
 
 
@@ -268,7 +268,7 @@ def test_a_folders_own_vocabulary_is_exported_again(trained, tmp_path):
 
 @needs_gpt2_vocabulary
 def test_gpt2s_own_vocabulary_is_known(copy):
-    for name, data in tokenizer.GPT2Tokenizer().files().items():
+    for name, data in hf_tokenizer.files(tokenizer.GPT2Tokenizer()).items():
         (copy / name).write_bytes(data)
     assert load_model(copy)[1]["tokenizer"] == {"kind": "gpt2"}
 
@@ -277,8 +277,8 @@ def test_without_a_tokenizer_gpt2s_is_used_and_said(copy, capsys):
     assert load_model(copy)[1]["tokenizer"] == {"kind": "gpt2"}
     assert "copy has no tokenizer: GPT-2's is used" in capsys.readouterr().err
     change_json(copy / "config.json", vocab_size=2000)
-    with pytest.raises(UserError, match="its vocabulary is smaller than GPT-2's"):
-        tokenizer.stored_in(copy)
+    with pytest.raises(UserError, match="has no tokenizer, and a smaller vocabulary than GPT-2's"):
+        hf_tokenizer.read(copy, 2000)
 
 
 OTHER_TOKENIZERS = {
@@ -319,8 +319,8 @@ def test_every_tokenizer_in_transformers(tmp_path, kind, form):
     if ours.end_of_text is not None:
         assert theirs("a<|endoftext|>")["input_ids"][-1] == theirs.eos_token_id == ours.end_of_text
     if kind in ("bpe", "gpt2"):  # and read without our own file
-        (tmp_path / "hf" / tokenizer.EXPORTED).unlink()
-        again = tokenizer.load(tokenizer.stored_in(tmp_path / "hf"))
+        (tmp_path / "hf" / hf_tokenizer.OURS).unlink()
+        again = tokenizer.load(hf_tokenizer.read(tmp_path / "hf", 0))
         assert again.normalize == form and again.encode(text).tolist() == ids
 
 

@@ -6,13 +6,18 @@ one from U+0100 on (Radford et al. 2019, encoder.py).
 
 import hashlib
 import json
+import sys
 from pathlib import Path
+
+from data.errors import UserError
+from data.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+
+OURS = "folio_tokenizer.json"  # what convert.py writes beside transformers' files
 
 PRINTABLE = {i: chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))}
 for i in range(256):
     PRINTABLE.setdefault(i, chr(256 + len(PRINTABLE) - 188))
 BYTES = {character: i for i, character in PRINTABLE.items()}
-END_OF_TEXT = "<|endoftext|>"
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -25,12 +30,28 @@ GPT2_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> dict | None:
-    """The tokenizer's meta() of a folder with a GPT-2 model of transformers; None if it has none.
+def read(folder: Path, vocab_size: int) -> dict:
+    """The meta() of the tokenizer in the folder of a GPT-2 model with `vocab_size` ids.
 
-    Raises ValueError or another of what malformed JSON raises if it is not byte-level BPE as
-    GPT-2's is.
+    Without one it is GPT-2's, and a message says so. Raises UserError if the tokenizer is another
+    than byte-level BPE as GPT-2's is.
     """
+    try:
+        if (folder / OURS).is_file():
+            return _json(folder / OURS)
+        meta = _read_byte_pairs(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder} has a tokenizer that cannot be used ({reason})") from None
+    if meta is None and vocab_size < GPT2Tokenizer.vocab_size:
+        raise UserError(f"{folder} has no tokenizer, and a smaller vocabulary than GPT-2's")
+    if meta is None:
+        print(f"{folder} has no tokenizer: GPT-2's is used", file=sys.stderr)
+    return meta or {"kind": "gpt2"}
+
+
+def _read_byte_pairs(folder: Path) -> dict | None:
+    """The meta() of byte-level BPE; None if there is no tokenizer."""
     settings, form = {}, None
     if (folder / "tokenizer_config.json").is_file():
         settings = _json(folder / "tokenizer_config.json")
@@ -86,7 +107,22 @@ def _check_parts(whole: dict) -> None:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def write_bpe(
+def files(tok: Tokenizer) -> dict[str, bytes]:
+    """A tokenizer as files of transformers, by name: tokenizer.json, or GPT-2's two."""
+    if isinstance(tok, CharTokenizer):
+        return _write_characters(tok.characters, tok.normalize)
+    if not isinstance(tok, BytePairTokenizer):
+        return _write_bytes(tok.normalize)
+    if isinstance(tok, GPT2Tokenizer):
+        merges, vocab = (path.read_text("utf-8") for path in tok.paths)
+        vocab, merges = json.loads(vocab), merges.splitlines()[1:]
+        del vocab[END_OF_TEXT]
+    else:
+        vocab, merges = _byte_pairs([bytes([i]) for i in range(256)] + tok.tokens, tok.ids.tolist())
+    return _write_bpe(vocab, merges, tok.end_of_text, tok.normalize)
+
+
+def _write_bpe(
     vocab: dict[str, int], merges: list[str], end_of_text: int | None, form: str
 ) -> dict[str, bytes]:
     """vocab.json and merges.txt, or if there is a Unicode form tokenizer.json, which can say so."""
@@ -105,7 +141,7 @@ def write_bpe(
     }
 
 
-def byte_pairs(tokens: list[bytes], ids: list[int]) -> tuple[dict[str, int], list[str]]:
+def _byte_pairs(tokens: list[bytes], ids: list[int]) -> tuple[dict[str, int], list[str]]:
     """The vocabulary and the merges of tokens: the bytes, then the others in the order learned."""
     names = ["".join(PRINTABLE[i] for i in token) for token in tokens]
     ranks = {token: n for n, token in enumerate(tokens)}
@@ -126,7 +162,7 @@ def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def write_characters(characters: str, form: str) -> dict[str, bytes]:
+def _write_characters(characters: str, form: str) -> dict[str, bytes]:
     """A tokenizer.json whose tokens are single characters."""
     splitter = {
         "type": "Split",
@@ -139,7 +175,7 @@ def write_characters(characters: str, form: str) -> dict[str, bytes]:
     return _tokenizer_json(model, splitter, {"type": "Fuse"}, form)
 
 
-def write_bytes(form: str) -> dict[str, bytes]:
+def _write_bytes(form: str) -> dict[str, bytes]:
     """A tokenizer.json whose tokens are the bytes of UTF-8."""
     vocab = {PRINTABLE[i]: i for i in range(256)}
     model = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": False}
