@@ -94,7 +94,8 @@ NO_TEXTS = {  # what is answered under an address that seems to be a text's: typ
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        kind, body = NO_TEXTS.get(self.path, ("text/plain", b"from afar"))
+        text = b"caf\xe9" if self.path == "/latin.txt" else b"from afar"
+        kind, body = NO_TEXTS.get(self.path, ("text/plain", text))
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.end_headers()
@@ -125,6 +126,8 @@ def test_addresses(folder, capsys):
             says = "returned a web page" if body else "returned nothing"
             assert f"{url}{path} {says}" in capsys.readouterr().err
         assert sorted(Path("data").rglob("*")) == before, "nothing is left of it"
+        assert prepare.main(["--name=latin", f"--input={url}/latin.txt"]) == 2
+        assert f"{url}/latin.txt is not UTF-8: byte 0xe9 at offset 3" in capsys.readouterr().err
         httpd.shutdown()
 
 

@@ -96,7 +96,8 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and "File too large" in done.stderr
+    assert done.returncode == 1
+    assert "File too large" in done.stderr and "data/mine" in done.stderr
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "data").iterdir()) == []
 

@@ -25,7 +25,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, needs_gpt2_vocabulary, script
+from conftest import ROOT, SMALL, load, needs_gpt2_vocabulary, script
 from safetensors.torch import load_file, save_file
 from test_gpt2 import nanogpt_checkpoint, save_gpt2
 
@@ -381,6 +381,22 @@ def test_what_people_bring(here, capsys, case):
     if case.code:
         assert err.count("\n") == 1, err
     assert case.then is None or case.then()
+
+
+def test_a_model_learns_new_characters(here, capsys):
+    argv = ["--name=new", "--input=accents.txt", "--tokenizer=out/run", "--extend_vocab"]
+    assert prepare.main(argv) == 0
+    finetune = ["--init_from=out/run", "--dataset=new", "--out_dir=out/new", "--device=cpu"]
+    assert train.main([*finetune, "--max_iters=1", "--learning_rate=1e-9"]) == 0
+    out = capsys.readouterr().out
+    assert "new characters, which start with the mean embedding: 3 ('nv\u00ef')" in out
+    old, new = (load(f"out/{run}/ckpt.safetensors")[0] for run in ("run", "new"))
+    wte, extended = old["model.wte.weight"], new["model.wte.weight"]
+    assert len(extended) == len(wte) + 3
+    mean = wte.mean(0).expand(3, -1)
+    assert torch.allclose(extended, torch.cat((wte, mean)), atol=1e-6)
+    assert sample.main(["--checkpoint=out/new", "--prompt=na\u00efve", "--device=cpu"]) == 0
+    assert train.main(["--init_from=resume", "--out_dir=out/new", "--max_iters=2"]) == 0
 
 
 def test_a_run_that_is_going_on(here, capsys):
