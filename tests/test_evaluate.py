@@ -4,6 +4,7 @@ Small files whose scores were worked out by hand, and the harness itself as the 
 """
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -82,10 +83,13 @@ def test_hellaswag_by_hand(table, tmp_path, capsys):
 
 def test_lambada_by_hand(table, tmp_path, capsys):
     # " a" has the probability 1/2 * 1/2 and is what greedy sampling gives; " b" has 1/2 * 1/4,
-    # also after the newline that stands for an empty context.
-    path = write_lines(tmp_path / "l.jsonl", [{"text": t} for t in ("b a a", "a b", "a a", "b")])
+    # also after the newline that stands for an empty context. Of two spaces the first, 1/2, belongs
+    # to the word as well; the second has 1/24.
+    texts = ("b a a", "a b", "a a", "b", "b  a")
+    path = write_lines(tmp_path / "l.jsonl", [{"text": text} for text in texts])
     scores = evaluate_file(capsys, table, "lambada", path)
-    assert scores == {"acc": 2 / 4, "perplexity": round(2 ** ((2 + 3 + 2 + 3) / 4), 4)}
+    bits = 2 + 3 + 2 + 3 + (1 + math.log2(24) + 1)
+    assert scores == {"acc": 2 / 5, "perplexity": round(2 ** (bits / 5), 4)}
 
 
 def test_bits_per_byte_by_hand(table, tmp_path, capsys):

@@ -164,6 +164,13 @@ def change_nano(**values) -> None:
     torch.save({**torch.load("nano.pt", weights_only=True), **values}, "nano.pt")
 
 
+def old_nano() -> None:
+    nanogpt_checkpoint(Path("nano.pt"), False, False, bins.load(Path("data/book")).vocab_size)
+    sizes = torch.load("nano.pt", weights_only=True)["model_args"]
+    del sizes["bias"]
+    change_nano(model_args=sizes)
+
+
 def cut_nano() -> None:
     os.truncate("nano.pt", os.path.getsize("nano.pt") // 2)
 
@@ -361,6 +368,7 @@ CASES = [
     Case("a longer block, learned", "train --init_from=out/run --block_size=32 --max_iters=1", 2,
          "was made with block_size=16"),
     Case("new characters, extended", f"{NEW} accents.txt --tokenizer=out/run --extend_vocab", 0, "vocabulary 20"),
+    Case("nanoGPT before its option bias", "convert nano.pt new --dataset=book", 0, "parameters", old_nano),
     Case("a fork of nanoGPT", "convert nano.pt new --dataset=book", 2, "it has rope",
          lambda: change_nano(model_args={"n_layer": 1, "rope": True})),
     Case("a benchmark", "evaluate --checkpoint=out/run --task=bits_per_byte --input book.txt", 0, "bits_per_byte "),
