@@ -151,11 +151,12 @@ class Texts:
         self._val_fraction = options.val_fraction
         self._corpus, self._val_corpus = (Corpus(i, **how) for i in (inputs, options.val_input))
         self.sources = self._corpus.sources + self._val_corpus.sources
-        self._cuts = [  # where the validation text of each document begins, if they are few
-            document.boundary(int(document.size() * (1 - self._val_fraction)))
-            for document in itertools.islice(self._corpus, MANY_DOCUMENTS)
-        ]
-        if not self._cuts:
+        self._cuts, n_bytes = [], 0  # where the validation text of a document begins, if few
+        for document in itertools.islice(self._corpus, MANY_DOCUMENTS):
+            size = document.size()
+            self._cuts.append(document.boundary(int(size * (1 - self._val_fraction))))
+            n_bytes += size
+        if not n_bytes:
             notes = "".join(f"; {what}: {n}" for what, n in self._corpus.notes.items())
             raise UserError(f"{', '.join(inputs)}: no text found{notes}")
         self.counts: dict[str, dict] = {}

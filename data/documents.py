@@ -223,9 +223,10 @@ class Corpus:
             yield from self._read_json_lines(file)
         elif self._is_binary(head) and not (file.explicit and self.errors == "replace"):
             if file.explicit:
+                order = "be" if head.startswith(b"\0") else "le"
                 raise UserError(
                     f"{file.name} is not text: it contains zero bytes (if it is UTF-16: "
-                    "--encoding=utf-16-le)"
+                    f"--encoding=utf-16-{order})"
                 )
             self.notes["binary files left out"] += 1
         elif head:
