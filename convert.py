@@ -4,8 +4,8 @@
     python convert.py ckpt.pt out/imported          a nanoGPT checkpoint with GPT-2's tokenizer
     python convert.py ckpt.pt out/imported --dataset=shakespeare_char       or a data set's
 
-A file of torch.save() is nanoGPT's, and becomes a run's folder to sample from or to finetune.
-Any other source that sample.py accepts becomes a folder for transformers, if the model has only
+A file written by torch.save() is taken for nanoGPT's, and becomes a run's folder to sample from or
+to finetune. Any other source that sample.py accepts becomes a folder for transformers, if the model has only
 GPT-2's parts. Its tokenizer goes with it, and gives the same ids there.
 """
 
@@ -73,7 +73,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def export(source: str, target: Path, cache_dir: str) -> None:
-    """Write a model as a folder for transformers."""
+    """Export a model to a folder that transformers can load."""
     ckpt = run_folder.open_checkpoint(source, cache_dir)
     model = checkpoint.build_model(ckpt)
     if not isinstance(model, GPT):

@@ -280,7 +280,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def separated(texts: Texts, form: str) -> Iterator[str]:
-    """All of the text, normalized, with the newlines that separate documents."""
+    """Yield all of the text, normalized, with newlines between documents."""
     for _, follows, piece in texts:
         yield tokenizer.normalized("\n" * follows + piece.text, form)
 

@@ -176,7 +176,7 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-    skip = run.guard.check(progress.iter_num, loss, norm, lr)  # 1 if not finite; on the device
+    skip = run.guard.check(progress.iter_num, loss, norm, lr)  # 1 if it must be skipped
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr / cfg.learning_rate * optimizer.defaults["lr"]  # Muon's in proportion
@@ -206,16 +206,16 @@ def training_loop(run: Run, log: metrics.Log) -> str:
         log.bar.update()
         if run.is_due(cfg.log_interval):
             log_update(run, log, loss, norm)
-        evaluates = run.is_due(cfg.eval_interval)
-        snapshots = run.is_due(cfg.snapshot_interval)
-        samples = run.is_due(cfg.sample_interval)
-        if evaluates or snapshots or samples:
+        eval_due = run.is_due(cfg.eval_interval)
+        snapshot_due = run.is_due(cfg.snapshot_interval)
+        sample_due = run.is_due(cfg.sample_interval)
+        if eval_due or snapshot_due or sample_due:
             clock.stop()
-            if evaluates:
+            if eval_due:
                 evaluate_and_save(run, log)
-            elif snapshots:
+            elif snapshot_due:
                 run.save()
-            if samples:
+            if sample_due:
                 log.add_samples(progress.iter_num, run.generate_samples())
             clock.start()
     clock.stop()

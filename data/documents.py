@@ -60,7 +60,7 @@ class Document:
         return Document(source, lambda: iter((data,)))
 
     def size(self) -> int:
-        """Its length in bytes; reads all of it."""
+        """Its length in bytes, for which all of it is read."""
         return sum(map(len, self.blocks()))
 
     def digest(self) -> bytes:
@@ -273,7 +273,7 @@ class Corpus:
                 self.notes["bad lines left out"] += 1
 
     def _lines(self, file: File) -> Iterator[tuple[str, bytes]]:
-        """Yield (its name, line) for each line that is not empty."""
+        """Yield (source, line) for each line that is not empty."""
         number, data = 0, b""
         for block in itertools.chain(self._blocks(file), (None,)):
             *lines, data = (data + (block or b"")).split(b"\n")
@@ -285,7 +285,7 @@ class Corpus:
                     yield f"{file.name}, line {number}", line
 
     def records(self) -> Iterator[tuple[str, dict]]:
-        """Yield (its name, JSON object) for each line of the files, whatever their endings are."""
+        """Yield (source, JSON object) for each line of the files, whatever their names."""
         for file in self.files:
             for source, line in self._lines(file):
                 yield source, _record(line, source)

@@ -15,7 +15,7 @@ from data.formats import HTML
 TRIES = 3
 TIMEOUT = (3, 10)  # seconds to connect; seconds without a byte
 CHUNK = 1 << 16
-WEB_PAGE = "a web page (HTML), not a text"
+WEB_PAGE = "a web page (HTML), not plain text"
 
 
 def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = None) -> Path:

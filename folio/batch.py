@@ -28,7 +28,7 @@ def autocast(device: str, dtype: str) -> torch.autocast:
 
 
 def seed_dropout(seed: int, iter_num: int, micro_step: int) -> None:
-    """Seed torch from the position in the run, so that resuming needs no saved RNG state."""
+    """Seed torch's global generator from the position in the run, so that no RNG state is saved."""
     sequence = np.random.SeedSequence((seed, iter_num, micro_step))
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 

@@ -28,10 +28,10 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """A model and its tokenizer, which rate texts."""
+    """A model and its tokenizer: how likely are texts?"""
 
     def __init__(self, checkpoint_name: str, device: str, dtype: str, cache_dir: str = ""):
-        """Load the model that sample.py would load."""
+        """Load the checkpoint that sample.py --checkpoint would load."""
         ckpt = run_folder.open_checkpoint(checkpoint_name, cache_dir)
         self.model = checkpoint.build_model(ckpt).to(find_device(device))
         self.tok, self.dtype = checkpoint.load_tokenizer(ckpt), dtype

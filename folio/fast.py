@@ -3,7 +3,7 @@
     Dropout(p)                      nn.Dropout(p)
     causal_attention(q, k, v)       F.scaled_dot_product_attention(q, k, v, is_causal=True)
     token_loss(x, weight, targets)  F.cross_entropy(F.linear(x, weight), targets)
-    pack(model)                     model
+    pack(model)                     the model as it is
 
 Each equals the plain form up to rounding (Dropout: the same distribution), which tests/ checks.
 Dropout, causal_attention and pack are fast paths for CPUs; token_loss is for all devices, except
@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MATMUL_ATTENTION_BLOCK = 512  # longest context for which attention runs as two matrix products
-CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**28}  # logits in float32 at a time; saturates the device
+CHUNK_LOGITS = {
+    "cpu": 2**22,
+    "gpu": 2**28,
+}  # float32 logits at a time: enough to saturate the device
 GRAD_SCALE = 2**10  # keeps a mean gradient in float16 far from overflow and from underflow
 
 

@@ -49,7 +49,7 @@ def make_optimizers(
     weight_decay: float,
     muon_dtype: torch.dtype,
 ) -> list[torch.optim.Optimizer]:
-    """Fused AdamW for all parameters; with Muon, for all but the weight matrices of the blocks.
+    """Fused AdamW for all parameters; or AdamW, then Muon for the weight matrices of the blocks.
 
     Matrices and embeddings decay; biases and the weights of LayerNorms and convolutions do not.
     """
