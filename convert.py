@@ -5,8 +5,8 @@
     python convert.py ckpt.pt out/imported --dataset=shakespeare_char       or a data set's
 
 A file written by torch.save() is taken for nanoGPT's, and becomes a run's folder to sample from or
-to finetune. Any other source that sample.py accepts becomes a folder for transformers, if the model has only
-GPT-2's parts. Its tokenizer goes with it, and gives the same ids there.
+to finetune. Any other source that sample.py accepts becomes a folder for transformers, if the model
+has only GPT-2's parts. Its tokenizer goes with it, and gives the same ids there.
 """
 
 from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
