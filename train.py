@@ -17,7 +17,7 @@ Ctrl-C saves and ends the run with exit code 130, SIGTERM with 143, a closed ter
 To learn how a GPT is trained, start at update().
 """
 
-from folio.process import Stopped, script  # isort: skip  (first, for Ctrl-C during other imports)
+from folio.process import Diverged, EndedElsewhere, Stopped, script  # isort: skip  (first, for Ctrl-C during other imports)
 import math
 import sys
 from contextlib import nullcontext, suppress
@@ -32,11 +32,11 @@ from torch import Tensor
 
 from data import bins
 from data.errors import UserError
-from folio import machine, metrics, run_folder, startup
+from folio import distributed, machine, metrics, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
 from folio.optim import get_lr
 from folio.options import PathStr, build_options, read_options
-from folio.run import Diverged, Run, build_run
+from folio.run import Run, build_run
 from model import GPTConfig
 
 QUICK_START = str(Path(__file__).parent / "config" / "shakespeare_char_cpu.py")
@@ -64,7 +64,6 @@ class TrainConfig(GPTConfig):
     # when it ends: the first condition that is met
     max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: no limit
     minutes: Annotated[float, "[0, inf)"] = 0.0  # a time budget instead, converted to updates
-    max_seconds: Annotated[float, "[0, inf)"] = 0.0  # seconds, summed over resumes; 0: no limit
     target_train_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated training loss; 0: none
     target_val_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated validation loss; 0: none
     patience: Annotated[int, "[0, inf)"] = 0  # evaluations without improvement; 0: no limit
@@ -103,22 +102,19 @@ class TrainConfig(GPTConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of matrix products
     compile: Literal["auto", True, False] = "auto"  # use torch.compile; auto: on CUDA
     deterministic: bool = False  # bitwise reproducible on CUDA too, but slower
+    fsdp: bool = False  # with torchrun: FSDP2, which shards the model, instead of DDP
+    activation_checkpointing: Literal["none", "half", "full"] = "none"  # less memory, but slower
 
     def __post_init__(self):
         super().__post_init__()
-        micro = self.micro_batch_size or self.batch_size
-        if self.batch_size % micro:
-            smaller = max(m for m in range(1, micro) if self.batch_size % m == 0)
-            larger = (self.batch_size // micro + 1) * micro
-            raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of micro_batch_size={micro}; "
-                f"use micro_batch_size={smaller} or batch_size={larger}"
-            )
-        ends = (self.max_seconds, self.target_train_loss, self.target_val_loss, self.patience)
+        startup.check_batch_size(self.batch_size, self.micro_batch_size)
+        if self.fsdp and self.optimizer == "muon":
+            raise ValueError("fsdp shards the matrices, which Muon needs whole; use adamw")
+        ends = (self.target_train_loss, self.target_val_loss, self.patience)
         if self.max_iters == 0 and not self.minutes and not any(ends):
             raise ValueError(
-                "max_iters=0 never ends: also set minutes, max_seconds, target_train_loss, "
-                "target_val_loss or patience"
+                "max_iters=0 never ends: also set minutes, target_train_loss, target_val_loss or "
+                "patience"
             )
         unknown_end = self.max_iters == 0 and not self.minutes and self.lr_decay_iters == 0
         if unknown_end and self.schedule != "constant":
@@ -160,22 +156,27 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
         cfg.warmup_iters,
         cfg.lr_decay_iters or cfg.max_iters,
     )
-    n_micro = cfg.batch_size // cfg.micro_batch_size
+    rank, world_size, size = distributed.rank(), distributed.world_size(), cfg.micro_batch_size
+    n_micro = cfg.batch_size // (world_size * size)
     loss = torch.zeros((), device=cfg.device)  # nats per token, the mean over the batch
     for micro_step in range(n_micro):
-        n = progress.n + micro_step * cfg.micro_batch_size + np.arange(cfg.micro_batch_size)
+        first = progress.n + (micro_step * world_size + rank) * size
+        n = first + np.arange(size)
         starts = bins.window(cfg.seed, n, len(run.dataset.train.tokens), cfg.block_size)
         idx, targets = get_batch(run.dataset.train, starts, cfg.block_size, cfg.device)  # (B, T)
-        seed_dropout(cfg.seed, progress.iter_num, micro_step)
+        seed_dropout(cfg.seed, first)
+        distributed.set_gradient_sync(run.trained, micro_step == n_micro - 1)
         with autocast(cfg.device, cfg.dtype):
-            _, micro_loss = run.model(idx, targets)
+            _, micro_loss = run.trained(idx, targets)
         micro_loss = micro_loss / n_micro
         run.scaler.scale(micro_loss).backward()  # accumulates gradients
-        loss += micro_loss.detach()
+        loss += micro_loss.detach() / world_size
+    loss = distributed.sum_over_ranks(loss)
 
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+    norm = distributed.whole(norm)
     skip = run.guard.check(progress.iter_num, loss, norm, lr)  # 1 if it must be skipped
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -201,7 +202,7 @@ def training_loop(run: Run, log: metrics.Log) -> str:
         evaluate_and_save(run, log)  # a signal interrupted this evaluation
     clock.start()
     while not (reason := end_reason(run)):
-        run.stop.check()
+        run.check_stop()
         loss, norm = update(run)
         log.bar.update()
         if run.is_due(cfg.log_interval):
@@ -216,25 +217,22 @@ def training_loop(run: Run, log: metrics.Log) -> str:
             elif snapshot_due:
                 run.save()
             if sample_due:
-                log.add_samples(progress.iter_num, run.generate_samples())
+                add_samples(run, log)
             clock.start()
     clock.stop()
     if progress.eval_iter != progress.iter_num or progress.val_loss is None:
         evaluate_and_save(run, log)
     if not run.is_due(cfg.sample_interval):
-        log.add_samples(progress.iter_num, run.generate_samples())
+        add_samples(run, log)
     return reason
 
 
 def end_reason(run: Run) -> str:
     """Why the run ends now, as text; empty if it goes on."""
     cfg, progress = run.cfg, run.progress
-    train_seconds, _ = run.clock.read()
     losses = {"target_train_loss": progress.train_loss, "target_val_loss": progress.val_loss}
     if cfg.max_iters and progress.iter_num >= cfg.max_iters:
         return f"max_iters={cfg.max_iters} reached"
-    if cfg.max_seconds and train_seconds >= cfg.max_seconds:
-        return f"max_seconds={cfg.max_seconds:g} reached"
     for name, loss in losses.items():
         if (target := getattr(cfg, name)) and loss is not None and loss <= target:
             return f"{name}={target:g} reached"
@@ -251,14 +249,15 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
     if not math.isfinite(progress.train_loss + progress.val_loss):
         run.check_finite(f", after which {text}")
     run.read_clock()
-    log.write(
-        **progress.cells(),
-        train_loss=progress.train_loss,
-        val_loss=progress.val_loss,
-        val_bits_per_byte=run.dataset.val.bits_per_byte(progress.val_loss),
-    )
     seconds = f"{progress.train_seconds:.1f} s training, {progress.wall_seconds:.1f} s in all"
-    metrics.print_line(f"iter {progress.iter_num:,}: {text}; {seconds}")
+    with distributed.together():
+        log.write(
+            **progress.cells(),
+            train_loss=progress.train_loss,
+            val_loss=progress.val_loss,
+            val_bits_per_byte=run.dataset.val.bits_per_byte(progress.val_loss),
+        )
+        metrics.print_line(f"iter {progress.iter_num:,}: {text}; {seconds}")
     run.save()
 
 
@@ -272,17 +271,26 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
     speed = log.tokens_per_second(progress.tokens, progress.train_seconds)
     peak = machine.peak_flops(cfg.device) if cfg.dtype != "float32" else None
     flops = run.model.flops_per_token()
-    mfu = speed * flops / peak if peak and flops else None
-    log.write(
-        **progress.cells(),
-        lr=lr,
-        loss=loss,
-        grad_norm=norm,
-        tokens_per_second=round(speed),
-        mfu=mfu,
-    )
+    mfu = speed * flops / peak / distributed.world_size() if peak and flops else None
     text = f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
-    log.show_status(progress.iter_num, text if mfu is None else f"{text}, {mfu:.1%} MFU")
+    with distributed.together():
+        log.write(
+            **progress.cells(),
+            lr=lr,
+            loss=loss,
+            grad_norm=norm,
+            tokens_per_second=round(speed),
+            mfu=mfu,
+        )
+        log.show_status(progress.iter_num, text if mfu is None else f"{text}, {mfu:.1%} MFU")
+
+
+def add_samples(run: Run, log: metrics.Log) -> None:
+    """Generate samples with the current model, on rank 0, unless FSDP has divided the model."""
+    with distributed.together(), suppress(Stopped):
+        if distributed.is_main() and not run.cfg.fsdp:
+            log.add_samples(run.progress.iter_num, run.generate_samples())
+    run.check_stop()
 
 
 # ---- from options to a run ----------------------------------------------------------------------
@@ -290,6 +298,18 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
 
 @script
 def main(argv: list[str]) -> int:
+    with distributed.process_group():
+        given, quick_start = distributed.from_main(lambda: read_given(argv))
+        if given.get("init_from") != "resume" or given.get("eval_only"):
+            return start(given, quick_start)
+        names = given.get("out_dir", ""), given.get("checkpoint", "")
+        folder = distributed.from_main(lambda: startup.find_resumed(*names))
+        with distributed.on_main(run_folder.lock(folder)):
+            return start({**given, "out_dir": str(folder)})
+
+
+def read_given(argv: list[str]) -> tuple[dict, bool]:
+    """The options that are given, in the order of setting, and whether it is the quick start."""
     given, recipes = read_options(TrainConfig, argv, hints=NANOGPT)
     quick_start = False
     if given.get("init_from", "scratch") == "scratch" and not recipes:
@@ -300,41 +320,40 @@ def main(argv: list[str]) -> int:
     lengths = [name for name in given if name == "max_iters" or (name == "minutes" and given[name])]
     for name in lengths[:-1]:  # they override each other; the last one wins
         del given[name]
-    if given.get("init_from") == "resume" and not given.get("eval_only"):
-        folder = startup.find_resumed(given.get("out_dir", ""), given.get("checkpoint", ""))
-        with run_folder.lock(folder):
-            return start({**given, "out_dir": str(folder)})
-    return start(given, quick_start)
+    if distributed.is_restart():
+        given = startup.restarted_options(given, given.get("out_dir", TrainConfig.out_dir))
+    return given, quick_start
 
 
 def start(given: dict, quick_start: bool = False) -> int:
     """Check everything, then train or evaluate; return the exit code."""
     ckpt, resuming = startup.load_start(given), given.get("init_from") == "resume"
-    if resuming:
-        given = startup.resumed_options(given, ckpt, {f.name for f in fields(TrainConfig)})
-    elif ckpt:
-        given = startup.finetuned_options(given, ckpt)
-    cfg = build_options(TrainConfig, given)
-    metrics.check_trackers(asdict(cfg))
-    device, dtype, compile = machine.resolve_machine(cfg.device, cfg.dtype, cfg.compile)
+    with distributed.together():
+        if resuming:
+            given = startup.resumed_options(given, ckpt, {f.name for f in fields(TrainConfig)})
+        elif ckpt:
+            given = startup.finetuned_options(given, ckpt)
+        cfg = build_options(TrainConfig, given)
+        metrics.check_trackers(asdict(cfg))
+        device, dtype, compile = machine.resolve_machine(cfg.device, cfg.dtype, cfg.compile)
+        startup.check_processes(device, dtype, cfg.fsdp)
     threads = ckpt.meta["threads"] if resuming else None
     machine.setup_torch(device, dtype, cfg.deterministic, threads)
     if resuming and device == "cpu" and (now := torch.get_num_threads()) != threads:
         print(f"resuming with {now} threads instead of {threads}: results differ by rounding")
     dataset = startup.find_dataset(Path(cfg.data_dir), cfg.dataset, quick_start)
-    cfg = replace(
-        cfg,
-        device=device,
-        dtype=dtype,
-        compile=compile and not cfg.eval_only,
-        dataset=dataset.folder.name if quick_start else cfg.dataset,
-        vocab_size=startup.model_vocab_size(given.get("vocab_size"), dataset, ckpt),
-        micro_batch_size=cfg.micro_batch_size
-        or machine.auto_micro_batch_size(cfg.batch_size, cfg, device, dtype),
-    )
-    if ckpt:
-        startup.check_same_data(dataset, ckpt, resuming)
-    startup.check_dataset(dataset, cfg.block_size, cfg.vocab_size)
+    with distributed.together():
+        cfg = replace(
+            cfg,
+            device=device,
+            dtype=dtype,
+            compile=compile and not cfg.eval_only,
+            dataset=dataset.folder.name if quick_start else cfg.dataset,
+            vocab_size=startup.model_vocab_size(given.get("vocab_size"), dataset, ckpt),
+        )
+        if ckpt:
+            startup.check_same_data(dataset, ckpt, resuming)
+        startup.check_dataset(dataset, cfg.block_size, cfg.vocab_size)
     run = build_run(cfg, dataset, ckpt)
     startup.describe(run, ckpt)
     if cfg.eval_only:
@@ -350,20 +369,23 @@ def start(given: dict, quick_start: bool = False) -> int:
 def launch(run: Run, resumed_from: Path | None) -> int:
     """Plan the run, create or reopen its folder, and train; return the exit code."""
     cfg, out_dir = run.cfg, Path(run.cfg.out_dir)
-    if not resumed_from:
-        run_folder.check_new_folder(out_dir)
-    if cfg.compile:
-        run.model.compile()
+    with distributed.together():
+        if distributed.is_main() and not resumed_from:
+            run_folder.check_new_folder(out_dir)
     with run.stop:
         try:
             plan(run)
-            run.check_disk()
+            with distributed.together():
+                run.check_disk()
+            run.share_stop()
             if run.stop.caught:
                 return report_stop(run)
-            with nullcontext() if resumed_from else run_folder.new_folder(out_dir):
+            new_folder = distributed.on_main(run_folder.new_folder(out_dir))
+            with nullcontext() if resumed_from else new_folder:
                 if resumed_from:
-                    run.continue_folder(resumed_from)
-                run_folder.write_record(out_dir, run.run_id, asdict(run.cfg), run.progress.iter_num)
+                    run.progress = distributed.from_main(lambda: run.continue_folder(resumed_from))
+                with distributed.together():
+                    run.write_record()
                 return run_to_end(run)
         except torch.OutOfMemoryError:
             size = cfg.micro_batch_size
@@ -390,13 +412,11 @@ def plan(run: Run) -> None:
         print(f"plan:    updates of {size}, {seconds:.2g} s each, until a condition is met")
         return
     left = max(0, cfg.max_iters - progress.iter_num)
-    tokens, expected = left * cfg.batch_size * cfg.block_size, left * seconds
-    if cfg.max_seconds:
-        expected = min(expected, max(0.0, cfg.max_seconds - progress.train_seconds))
+    tokens = left * cfg.batch_size * cfg.block_size
     epochs = tokens / len(run.dataset.train.tokens)
     print(
         f"plan:    {left:,} updates of {size}, {tokens:,} in all ({epochs:.1f} epochs): "
-        f"about {metrics.format_seconds(expected)} of training",
+        f"about {metrics.format_seconds(left * seconds)} of training",
         flush=True,
     )
 
@@ -406,26 +426,29 @@ def run_to_end(run: Run) -> int:
     cfg, progress, out_dir = run.cfg, run.progress, Path(run.cfg.out_dir)
     first_iter, reason, failure = progress.iter_num, "", None
     position = progress.iter_num, progress.tokens, progress.train_seconds
-    trackers = metrics.open_trackers(out_dir, progress.iter_num, run.run_id, asdict(cfg))
+    with distributed.together():
+        trackers = metrics.open_trackers(out_dir, progress.iter_num, run.run_id, asdict(cfg))
+        log = metrics.Log(out_dir, *position, cfg.max_iters, trackers)
     try:
-        with metrics.Log(out_dir, *position, cfg.max_iters, trackers) as log:
+        with log:
             try:
                 reason = training_loop(run, log)
             except Stopped:
                 if progress.iter_num > first_iter:
                     run.save()
-            except OSError:  # standard output is closed, or the disk is full
-                with suppress(OSError):
+            except (OSError, EndedElsewhere):  # standard output is closed, or the disk is full
+                with suppress(OSError, EndedElsewhere):
                     run.save()
                     print(f"saved after {progress.iter_num:,} updates", file=sys.stderr)
                 raise
     except Diverged as error:
         failure = error
-    train, val = run.dataset.train.tokens, run.dataset.val.tokens
-    metrics.plot_losses(out_dir, bins.bigram_loss(train, val, run.dataset.vocab_size))
-    if failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 3
+    with distributed.together():
+        if distributed.is_main():
+            train, val = run.dataset.train.tokens, run.dataset.val.tokens
+            metrics.plot_losses(out_dir, bins.bigram_loss(train, val, run.dataset.vocab_size))
+        if failure:
+            raise failure
     if run.stop.caught:
         return report_stop(run)
     print(f"done:    {reason} after {progress.iter_num:,} updates")

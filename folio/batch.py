@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data import bins
+from folio import distributed
 from model import LanguageModel
 
 
@@ -27,9 +28,12 @@ def autocast(device: str, dtype: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=enabled)
 
 
-def seed_dropout(seed: int, iter_num: int, micro_step: int) -> None:
-    """Seed torch's global generator from the position in the run, so that no RNG state is saved."""
-    sequence = np.random.SeedSequence((seed, iter_num, micro_step))
+def seed_dropout(seed: int, first: int) -> None:
+    """Seed torch's global generator by the number of a micro-batch's first window.
+
+    So no generator's state is saved, and dropout does not depend on which process computes it.
+    """
+    sequence = np.random.SeedSequence((seed, first))
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
@@ -45,8 +49,9 @@ def split_loss(
 ) -> float:
     """Mean loss over a split in nats per token; over max_tokens of it if it is larger.
 
-    Deterministic: always the same windows, weighted by tokens. All batches have one shape, so that
-    nothing is compiled again. `check` is called between batches and may raise.
+    Deterministic: always the same windows, weighted by tokens; several processes share the batches
+    and get the same bits as one. All batches have one shape, so that nothing is compiled again.
+    `check` is called before each batch and may raise.
     """
     block_size = model.config.block_size
     all_starts = bins.eval_windows(len(split.tokens), block_size, max_tokens)
@@ -54,15 +59,17 @@ def split_loss(
     losses, counts = torch.zeros(2, n_batches, device=device)
     model.eval()
     try:
-        for i in range(n_batches):
+        for first in range(0, n_batches, distributed.world_size()):
             check()
+            i = min(first + distributed.rank(), n_batches - 1)  # if none is left, the last again
             starts = all_starts[i * batch_size : (i + 1) * batch_size]
             idx, targets = get_batch(split, np.resize(starts, batch_size), block_size, device)
             targets[len(starts) :] = bins.IGNORED  # rows that only fill the last batch
             with autocast(device, dtype):
-                losses[i] = model(idx, targets)[1]
-            counts[i] = (targets != bins.IGNORED).sum()
+                _, loss = model(idx, targets)
+            if i == first + distributed.rank():
+                losses[i], counts[i] = loss, (targets != bins.IGNORED).sum()
     finally:
         model.train()
-    losses, counts = losses.cpu().double(), counts.cpu()
+    losses, counts = (distributed.sum_over_ranks(x).cpu().double() for x in (losses, counts))
     return float((losses * counts).sum() / counts.sum())

@@ -11,6 +11,7 @@ through os.open, write, fsync, replace and unlink, so that tests can make each c
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -76,15 +77,23 @@ class Checkpoint:
 # ---- saving -------------------------------------------------------------------------------------
 
 
-def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+def save(
+    path: Path, tensors: dict[str, Tensor], meta: dict, values: Iterable[Tensor] | None = None
+) -> None:
     """Save a checkpoint atomically: `path` is always the complete old or the complete new file.
 
-    Once this returns, the new one survives a power loss. An OSError names the file.
+    Once this returns, the new one survives a power loss. An OSError names the file. `values`, in
+    file order, replaces the tensors' data, if these are only shards.
     """
-    # widest elements first, so that every tensor is aligned in the file
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    blocks = _append_digest(_file_blocks(tensors, {"format": FORMAT, **meta}))
-    write_file(path, blocks, path.with_name(TEMPORARY))
+    tensors = in_file_order(tensors)
+    header = _header(tensors, {"format": FORMAT, **meta})
+    blocks = itertools.chain([header], map(_bytes_of, values or tensors.values()))
+    write_file(path, _append_digest(blocks), path.with_name(TEMPORARY))
+
+
+def in_file_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the widest elements first, so that every tensor is aligned in the file."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
 
 
 def write_file(path: Path, blocks: Iterable[memoryview | bytes], temporary: Path) -> None:
@@ -131,7 +140,7 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _append_digest(blocks: Iterable[memoryview]) -> Iterator[memoryview | bytes]:
+def _append_digest(blocks: Iterable[memoryview | bytes]) -> Iterator[memoryview | bytes]:
     """Yield the blocks, then their SHA-256, which a thread computes while the caller writes."""
     digest, pending, n_pending = hashlib.sha256(), deque(), 0
     with ThreadPoolExecutor(1) as pool:
@@ -148,8 +157,8 @@ def _append_digest(blocks: Iterable[memoryview]) -> Iterator[memoryview | bytes]
     yield digest.digest()
 
 
-def _file_blocks(tensors: dict[str, Tensor], meta: dict) -> Iterator[memoryview]:
-    """Yield the file up to the digest: the header's length, the header, the tensors."""
+def _header(tensors: dict[str, Tensor], meta: dict) -> bytes:
+    """The start of the file: the header's length and the header."""
     header, end = {"__metadata__": {"folio": json.dumps(meta)}}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -158,10 +167,12 @@ def _file_blocks(tensors: dict[str, Tensor], meta: dict) -> Iterator[memoryview]
     header["sha256"] = {**DIGEST, "data_offsets": [end, end + 32]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    yield memoryview(struct.pack("<Q", len(text)) + text)
-    for tensor in tensors.values():
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -275,7 +286,7 @@ def check_model(ckpt: Checkpoint) -> LanguageModel:
     if ckpt.meta["model"] not in MODELS:
         known = ", ".join(MODELS)
         raise UserError(f"{ckpt.path} has a model {ckpt.meta['model']!r}; the kinds are {known}")
-    model = meta_model(ckpt.meta["model"], config)
+    model = empty_model(ckpt.meta["model"], config)
     match(ckpt, "model.", dict(model.named_parameters()))
     return model
 
@@ -309,14 +320,14 @@ def is_torch_file(path: Path) -> bool:
         return file.read(4).startswith((b"PK\3\4", b"\x80\2"))
 
 
-def meta_model(kind: str, config: GPTConfig) -> LanguageModel:
-    """A model on the device "meta": shapes without memory."""
-    with torch.device("meta"), _NoInit():
+def empty_model(kind: str, config: GPTConfig, device: str = "meta") -> LanguageModel:
+    """A model without initial weights; on "meta" it has shapes, but no memory."""
+    with torch.device(device), _NoInit():
         return MODELS[kind](config)
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips random initialization. On "meta" it would be useless, and import torch's compiler."""
+    """Skips random initialization. On "meta" it would also import torch's compiler."""
 
     SKIPPED = (Tensor.normal_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.download import TIMEOUT, short_reason
 from data.errors import UserError
 from folio import hf_tokenizer
-from folio.checkpoint import Checkpoint, meta_model
+from folio.checkpoint import Checkpoint, empty_model
 from model import GPT, GPTConfig
 
 NAMES = {  # with GPT-2's own tokenizer
@@ -219,7 +219,7 @@ def tensors_from_gpt2(paths: list[Path], config: GPTConfig) -> dict[str, Tensor]
             stored |= {plain_name(name): file.get_tensor(name) for name in file.keys()}
     if config.n_layer > len(stored):
         raise ValueError(f"{len(stored)} tensors are too few for n_layer={config.n_layer}")
-    shapes = {n: p.shape for n, p in meta_model("gpt", config).named_parameters()}
+    shapes = {n: p.shape for n, p in empty_model("gpt", config).named_parameters()}
     tensors = tie_head(stored)
     for name, tensor in tensors.items():
         if name not in shapes:

@@ -2,15 +2,19 @@
 
 import ctypes
 import importlib.util
+import math
 import os
 import re
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.errors import UserError
+from folio import distributed
 from folio.fast import MATMUL_ATTENTION_BLOCK
 from model import GPT, GPTConfig, LanguageModel
 
@@ -114,14 +118,25 @@ def reuse_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def auto_micro_batch_size(batch_size: int, config: GPTConfig, device: str, dtype: str) -> int:
-    """On a GPU the whole batch; on a CPU halved until a layer's activations fit REUSED_BYTES."""
-    elements = config.block_size * max(4 * config.n_embd, attention_elements(config, device, dtype))
-    bytes_per_sequence = elements * (4 if dtype == "float32" else 2)
-    size = batch_size
-    while device == "cpu" and size % 2 == 0 and size * bytes_per_sequence >= REUSED_BYTES:
-        size //= 2
-    return size
+def auto_micro_batch_size(model: LanguageModel, cfg: Any) -> int:
+    """The micro-batch size of a run whose options, train.py's TrainConfig, leave it open.
+
+    It divides this process's share of the batch. On a CPU a layer's activations fit REUSED_BYTES;
+    on a GPU everything should fit the memory that is free.
+    """
+    share = cfg.batch_size // distributed.world_size()
+    if cfg.device == "cpu":
+        elements = max(4 * cfg.n_embd, attention_elements(cfg, cfg.device, cfg.dtype))
+        bytes_per_sequence = cfg.block_size * elements * (4 if cfg.dtype == "float32" else 2)
+        while share % 2 == 0 and share * bytes_per_sequence >= REUSED_BYTES:
+            share //= 2
+        return share
+    available = available_memory(torch.device(cfg.device)) or math.inf
+    sizes = [n for n in range(share, 0, -1) if share % n == 0]
+    fitting = (
+        n for n in sizes if memory_needed(model, replace(cfg, micro_batch_size=n)) < available
+    )
+    return next(fitting, 1)
 
 
 def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
@@ -131,18 +146,21 @@ def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
     return config.n_head * config.block_size if materialized else 0
 
 
-def memory_needed(
-    model: LanguageModel, micro_batch_size: int, device: str, dtype: str, training: bool = True
-) -> int:
-    """Rough number of bytes: of weights, gradients, AdamW's moments and activations to train, of
-    weights and logits to evaluate."""
+def memory_needed(model: LanguageModel, cfg: Any) -> int:
+    """Rough number of bytes for a process of a run with train.py's TrainConfig: of weights,
+    gradients, AdamW's moments and activations to train, of weights and logits to evaluate."""
     c, elements = model.config, model.activations_per_token()
-    if not training:
+    if cfg.eval_only:
         elements = c.vocab_size
     elif isinstance(model, GPT):
-        elements += 2 * c.n_layer * attention_elements(c, device, dtype)
-    activations = micro_batch_size * c.block_size * elements * (4 if dtype == "float32" else 2)
-    return (16 if training else 4) * model.n_params() + activations
+        elements += 2 * c.n_layer * attention_elements(c, cfg.device, cfg.dtype)
+        # a block that is computed again saves only its input
+        again = {"none": 0, "half": c.n_layer // 2, "full": c.n_layer - 1}
+        elements -= 14 * c.n_embd * again[cfg.activation_checkpointing]
+    n_tokens = cfg.micro_batch_size * c.block_size
+    activations = n_tokens * elements * (4 if cfg.dtype == "float32" else 2)
+    n_params = model.n_params() / (distributed.world_size() if cfg.fsdp else 1)
+    return int((4 if cfg.eval_only else 16) * n_params) + activations
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -158,16 +176,15 @@ def available_memory(device: torch.device) -> int | None:
     return min(sizes, default=None)
 
 
-def check_memory(
-    model: LanguageModel, micro_batch_size: int, device: str, dtype: str, training: bool
-) -> None:
-    """Raise UserError if this clearly does not fit in memory."""
-    available = available_memory(torch.device(device))
-    needed = memory_needed(model, micro_batch_size, device, dtype, training)
+def check_memory(model: LanguageModel, cfg: Any) -> None:
+    """Raise UserError if a run with train.py's TrainConfig clearly does not fit in memory."""
+    available, needed = available_memory(torch.device(cfg.device)), memory_needed(model, cfg)
+    if cfg.device == "cpu":
+        needed *= distributed.local_world_size()
     if available and needed > available:
-        what = "training" if training else "evaluation"
+        what = "evaluation" if cfg.eval_only else "training"
         raise UserError(
-            f"{what} needs about {needed / 2**30:,.0f} GiB and {device} has "
+            f"{what} needs about {needed / 2**30:,.0f} GiB and {cfg.device} has "
             f"{available / 2**30:,.0f}: use a smaller model, micro_batch_size or block_size"
         )
 

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from data.errors import UserError
+from folio import distributed
 from folio.checkpoint import TEMPORARY
 
 COLUMNS = (
@@ -63,7 +64,7 @@ class Clock:
 
 
 class Log:
-    """Writes metrics.csv, and a progress bar on a terminal or plain lines elsewhere."""
+    """Writes metrics.csv, and a progress bar on a terminal or plain lines elsewhere; on rank 0."""
 
     def __init__(
         self,
@@ -75,9 +76,13 @@ class Log:
         trackers: "list[TensorBoard | WandB]",
     ):
         """Continue at `iter_num`; later rows, written before a kill, are removed."""
-        self._trackers = trackers
-        self._path = path = out_dir / "metrics.csv"
+        self._trackers, self._is_main = trackers, distributed.is_main()
         self._previous = tokens, train_seconds
+        bar = {"disable": None if self._is_main else True, "dynamic_ncols": True, "unit": "it"}
+        self.bar = tqdm(initial=iter_num, total=max_iters or None, **bar)
+        if not self._is_main:
+            return
+        self._path = path = out_dir / "metrics.csv"
         rows = [row for row in read_metrics(path) if int(row["iter_num"]) <= iter_num]
         temporary = path.with_name(TEMPORARY)
         with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -87,8 +92,6 @@ class Log:
         os.replace(temporary, path)
         self._file = open(path, "a", newline="", encoding="utf-8")
         self._csv = self._writer(self._file)
-        total = max_iters or None
-        self.bar = tqdm(initial=iter_num, total=total, unit="it", dynamic_ncols=True, disable=None)
 
     @staticmethod
     def _writer(file) -> csv.DictWriter:
@@ -99,8 +102,9 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        with suppress(OSError):  # every row was flushed
-            self._file.close()
+        if self._is_main:
+            with suppress(OSError):  # every row was flushed
+                self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -112,6 +116,8 @@ class Log:
 
     def write(self, **row: int | float | None) -> None:
         """Append a row; None becomes an empty cell."""
+        if not self._is_main:
+            return
         with _name_file(self._path):
             self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
             self._file.flush()
@@ -213,8 +219,10 @@ class WandB:
 def open_trackers(
     out_dir: Path, iter_num: int, run_id: str, options: dict
 ) -> list[TensorBoard | WandB]:
-    """Open the trackers that the options ask for."""
+    """Open the trackers that the options ask for, on rank 0."""
     trackers = []
+    if not distributed.is_main():
+        return trackers
     if options["tensorboard"]:
         trackers.append(TensorBoard(out_dir, iter_num, options))
     if options["wandb"]:
@@ -228,7 +236,8 @@ def check_trackers(options: dict) -> None:
     for package in ("tensorboard", "wandb"):
         if options[package] and importlib.util.find_spec(package) is None:
             raise UserError(f"--{package} needs the package {package}: pip install {package}")
-    if options["wandb"] and os.environ.get("WANDB_MODE", "online") == "online":
+    logs_in = options["wandb"] and os.environ.get("WANDB_MODE", "online") == "online"
+    if logs_in and distributed.is_main():
         import wandb
 
         try:

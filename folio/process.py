@@ -39,7 +39,8 @@ sys.excepthook = _report_exception
 def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], int]:
     """Wrap a script's `main(argv)` so that it returns an exit code and prints errors on one line.
 
-    0: done; 1: system error; 2: user error; 130 and 143: SIGINT and SIGTERM, after cleaning up.
+    0: done; 1: system error; 2: user error; 3: training diverged; 130 and 143: SIGINT and SIGTERM,
+    after cleaning up.
     """
 
     @functools.wraps(main)
@@ -53,26 +54,63 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
         if argv is None:  # in UTF-8, whatever the locale
             argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
         with SignalHandlers([signal.SIGTERM], _exit):  # so that `finally` blocks clean up
-            try:
-                return main(argv) or 0
-            except UserError as error:
-                message, code = error, 2
-            except BrokenPipeError:  # the reader closed the pipe, as in `sample.py | head`
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return 1
-            except (OSError, MemoryError) as error:
-                message = str(error) or "out of memory"
-                code = 2 if getattr(error, "errno", None) in USER_ERRNOS else 1
-            except RuntimeError as error:  # torch does not raise MemoryError
-                if not re.search("out of memory|allocate memory", str(error)):
-                    raise
-                message, code = "out of memory", 1
-            except KeyboardInterrupt:
-                message, code = "interrupted", 130
-        print("error:", " ".join(str(message).split()), file=sys.stderr)
+            code = _exit_code(main, argv)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun ends all processes when one has failed; each is to end with its own code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return code
 
     return run
+
+
+def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Call `main` and return the script's exit code, after printing an error that it raises."""
+    try:
+        return main(argv) or 0
+    except BrokenPipeError:  # the reader closed the pipe, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except EndedElsewhere as error:
+        return error.code
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = explain(error)
+        if not message:
+            raise
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message and the exit code for an error; an empty message if it is a bug."""
+    match error:
+        case UserError():
+            return str(error), 2
+        case Diverged():
+            return str(error), 3
+        case EndedElsewhere():
+            return "", error.code
+        case SystemExit():
+            return "", int(error.code or 0)
+        case KeyboardInterrupt():
+            return "interrupted", 130
+        case OSError() | MemoryError():
+            is_user_error = getattr(error, "errno", None) in USER_ERRNOS
+            return str(error) or "out of memory", 2 if is_user_error else 1
+        case RuntimeError() if re.search("out of memory|allocate memory", str(error)):
+            return "out of memory", 1  # torch does not raise MemoryError
+    return "", 1
+
+
+class Diverged(Exception):
+    """The loss, a gradient or a weight is not finite."""
+
+
+class EndedElsewhere(Exception):
+    """Another process of the same run has failed, and has printed why."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
 
 
 class SignalHandlers:

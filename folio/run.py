@@ -2,7 +2,9 @@
 
 import math
 import re
+import signal
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,27 +12,24 @@ from statistics import median
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+import torch.nn as nn
+from torch import Tensor, linalg
 
 from data import bins, tokenizer
 from data.errors import UserError
 from data.tokenizer import Tokenizer
-from folio import checkpoint, machine, run_folder
-from folio.batch import split_loss
+from folio import checkpoint, distributed, machine, run_folder
+from folio.batch import autocast, split_loss
 from folio.checkpoint import Checkpoint
 from folio.generation import Sampling, batches, encode_prompt, generate_texts
 from folio.metrics import Clock
 from folio.optim import DivergenceGuard, make_optimizers
 from folio.options import build_options, unescape
-from folio.process import StopSignals
+from folio.process import Diverged, StopSignals
 from model import MODELS, GPTConfig, LanguageModel
 
 TRIALS, TRIAL_SECONDS = 10, 0.5  # of the timing of an update; it stops at the first limit
 SMALLEST_SCALE = 2**-10  # of float16's loss; if gradients overflow even then, the run diverged
-
-
-class Diverged(Exception):
-    """The loss, a gradient or a weight is not finite."""
 
 
 @dataclass
@@ -73,6 +72,7 @@ class Run:
     dataset: bins.Dataset
     tok: Tokenizer
     model: LanguageModel
+    trained: nn.Module  # the model, or DDP around it: what training calls
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
     guard: DivergenceGuard
@@ -89,6 +89,16 @@ class Run:
         """Bring the seconds of `progress` up to now."""
         self.progress.train_seconds, self.progress.wall_seconds = self.clock.read()
 
+    def share_stop(self) -> None:
+        """Tell all ranks of a signal that one of them caught."""
+        caught = int(distributed.maximum(self.stop.caught or 0))
+        self.stop.caught = signal.Signals(caught) if caught else None
+
+    def check_stop(self) -> None:
+        """Raise Stopped on all ranks if one of them caught a signal."""
+        self.share_stop()
+        self.stop.check()
+
     def evaluate(self) -> str:
         """Evaluate both splits, update `progress`, and return the losses as text."""
         cfg, progress, val = self.cfg, self.progress, self.dataset.val
@@ -97,7 +107,7 @@ class Run:
             "batch_size": cfg.micro_batch_size,
             "device": cfg.device,
             "dtype": cfg.dtype,
-            "check": self.stop.check,
+            "check": self.check_stop,
         }
         train_loss = split_loss(self.model, self.dataset.train, **eval_args)
         val_loss = split_loss(self.model, val, **eval_args)
@@ -144,6 +154,40 @@ class Run:
                 "overflows float16 at any scale; this state was not saved"
             )
 
+    def restore_optimizers(self, ckpt: Checkpoint) -> None:
+        """Restore the optimizers' states, and float16's loss scale, from a checkpoint."""
+        params, saved = self.optimizer_tensors(), {}
+        with distributed.together():
+            if distributed.is_main():
+                saved = checkpoint.match(ckpt, "optimizer.", params)
+            try:
+                if ckpt.meta["scaler"]:
+                    self.scaler.load_state_dict(ckpt.meta["scaler"])
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                reason = f"the scaler's state cannot be used: {error}"
+                raise UserError(f"{ckpt.path}: {reason}") from None
+        distributed.load(params, saved)
+
+    def shrink_micro_batch_size(self) -> None:
+        """Halve micro_batch_size until forward and backward fit in memory, on all ranks."""
+        size = self.cfg.micro_batch_size
+        while size > 1 and not self._fits(size):
+            size = max(n for n in range(1, size // 2 + 1) if size % n == 0)
+        self.cfg = replace(self.cfg, micro_batch_size=-int(distributed.maximum(-size)))
+
+    def _fits(self, micro_batch_size: int) -> bool:
+        cfg = self.cfg
+        idx = torch.zeros(micro_batch_size, cfg.block_size, dtype=torch.int64, device=cfg.device)
+        try:
+            with autocast(cfg.device, cfg.dtype):
+                _, loss = self.model(idx, idx)
+            loss.backward()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.model.zero_grad(set_to_none=True)
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizers' states by name: "exp_avg.h.0.attn.c_attn.weight" and so on."""
         names = {p: name for name, p in self.model.named_parameters()}
@@ -160,10 +204,9 @@ class Run:
         self.check_finite()
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizer_tensors().items()}
-        largest = torch.stack([torch.linalg.vector_norm(t, math.inf) for t in tensors.values()])
-        if not largest.isfinite().all():  # finite gradients times a huge learning rate overflow
-            first = int(largest.isfinite().logical_not().nonzero()[0])
-            self.check_finite(f", after which {list(tensors)[first]} is not finite")
+        tensors = checkpoint.in_file_order(tensors)
+        if problem := _not_finite(tensors):  # finite gradients times a huge learning rate overflow
+            self.check_finite(f", after which {problem} is not finite")
         self.read_clock()
         model_config = asdict(self.model.config)
         meta = {
@@ -177,31 +220,47 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "threads": torch.get_num_threads(),
         }
-        run_folder.save_run(
-            Path(cfg.out_dir),
-            tensors,
-            meta,
-            best=progress.is_best,
-            snapshot=self.is_due(cfg.snapshot_interval),
-            keep=cfg.keep_snapshots,
-        )
+        whole = distributed.gather(tensors.values())
+        with distributed.together():
+            try:
+                if distributed.is_main():
+                    run_folder.save_run(
+                        Path(cfg.out_dir),
+                        tensors,
+                        meta,
+                        best=progress.is_best,
+                        snapshot=self.is_due(cfg.snapshot_interval),
+                        keep=cfg.keep_snapshots,
+                        values=whole,
+                    )
+            finally:
+                deque(whole, maxlen=0)  # all ranks take part to the end, even if rank 0 failed
 
     def check_disk(self) -> None:
-        """Raise UserError if the run's checkpoints clearly do not fit on the disk."""
+        """Raise UserError on rank 0 if the run's checkpoints clearly do not fit on the disk."""
         cfg, n_snapshots = self.cfg, 0
         if cfg.snapshot_interval:
             n_snapshots = cfg.max_iters // cfg.snapshot_interval
             n_snapshots = min(n_snapshots, cfg.keep_snapshots or n_snapshots)
         resuming = cfg.init_from == "resume"
-        run_folder.check_disk(Path(cfg.out_dir), self.model.n_params(), n_snapshots, resuming)
+        if distributed.is_main():
+            n_params = self.model.n_params()
+            run_folder.check_disk(Path(cfg.out_dir), n_params, n_snapshots, resuming)
+
+    def write_record(self) -> None:
+        """Write run.json, on rank 0."""
+        if distributed.is_main():
+            options, iter_num = asdict(self.cfg), self.progress.iter_num
+            run_folder.write_record(Path(self.cfg.out_dir), self.run_id, options, iter_num)
 
     def first_word(self) -> str:
         """A prompt to try: a word of the validation text."""
         text = self.tok.decode(self.dataset.val.tokens[:500].tolist())
         return next(iter(re.findall(r"(?<=\W)\w{2,20}", text)), "")
 
-    def continue_folder(self, path: Path) -> None:
-        """Make the run's folder consistent with the checkpoint `path` that it resumes from."""
+    def continue_folder(self, path: Path) -> Progress:
+        """Make the run's folder consistent with the checkpoint `path` that it resumes from, and
+        return the progress."""
         progress, out_dir = self.progress, Path(self.cfg.out_dir)
         run_folder.rewind(out_dir, path, progress.iter_num)
         # a kill after saving a state and before linking it leaves links missing
@@ -209,6 +268,7 @@ class Run:
         run_folder.link_latest(out_dir, progress.iter_num, progress.is_best, snapshot)
         if not run_folder.restore_best(out_dir, progress.best_val_loss):
             progress.best_val_loss, progress.evals_since_best = None, 0  # that state is gone
+        return progress
 
     def time_update(self, update: Callable[["Run"], object]) -> float:
         """Estimate the seconds of an update, from trials that leave the weights unchanged.
@@ -217,15 +277,16 @@ class Run:
         first trial compiles.
         """
         cfg, scaler_state = self.cfg, self.scaler.state_dict()
-        n_micro = cfg.batch_size // cfg.micro_batch_size
+        per_step = distributed.world_size() * cfg.micro_batch_size
+        n_micro = cfg.batch_size // per_step
 
         def trial(n: int) -> float:
-            trial_cfg = replace(cfg, batch_size=n * cfg.micro_batch_size)
+            trial_cfg = replace(cfg, batch_size=n * per_step)
             clock = Clock(cfg.device)
             clock.start()
             update(replace(self, cfg=trial_cfg, progress=Progress()))
             clock.stop()
-            return clock.read()[0]
+            return distributed.maximum(clock.read()[0])  # so that all ranks make as many trials
 
         self.guard.skip_all(True)
         try:
@@ -251,28 +312,37 @@ class Run:
 def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
     """Build the model and, unless it is only evaluated, its optimizers, in the state of `ckpt`.
 
-    `cfg` is train.py's TrainConfig. Raises UserError if the run does not fit in memory, or if
-    `ckpt` does not fit the options.
+    `cfg` is train.py's TrainConfig; `ckpt` has its tensors on rank 0 alone. Raises UserError if the
+    run does not fit in memory, or if `ckpt` does not fit the options.
     """
     config = GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})
-    outline = checkpoint.meta_model(cfg.model, config)
-    size, training = cfg.micro_batch_size, not cfg.eval_only
-    machine.check_memory(outline, size, cfg.device, cfg.dtype, training)
-    torch.manual_seed(cfg.seed)
-    model = MODELS[cfg.model](config)
-    if ckpt:
-        fitted = checkpoint.fit_model(ckpt, config)
-        checkpoint.restore(fitted, "model.", dict(model.named_parameters()))
-    model.to(cfg.device)
-    resuming, progress = cfg.init_from == "resume", Progress()
-    if resuming:
-        progress = build_options(Progress, ckpt.meta["progress"], str(ckpt.path))
+    training, resuming = not cfg.eval_only, cfg.init_from == "resume"
+    size, progress, weights = cfg.micro_batch_size, Progress(), {}
+    with distributed.together():
+        outline = checkpoint.empty_model(cfg.model, config, "meta")
+        cfg = replace(cfg, micro_batch_size=size or machine.auto_micro_batch_size(outline, cfg))
+        machine.check_memory(outline, cfg)
+        if resuming:
+            progress = build_options(Progress, ckpt.meta["progress"], str(ckpt.path))
+        if distributed.is_main():
+            torch.manual_seed(cfg.seed)
+            model = MODELS[cfg.model](config)
+            if ckpt:
+                fitted = checkpoint.fit_model(ckpt, config)
+                checkpoint.restore(fitted, "model.", dict(model.named_parameters()))
+            weights = {name: p.detach() for name, p in model.named_parameters()}
+        else:
+            model = checkpoint.empty_model(cfg.model, config, "cpu")
+    trained = distributed.parallelize(model, cfg)
+    distributed.load(dict(model.named_parameters()), weights)
+    del weights
     run = Run(
         cfg=cfg,
         run_id=ckpt.meta["run_id"] if resuming else uuid.uuid4().hex[:12],
         dataset=dataset,
         tok=tokenizer.load(dataset.tokenizer),
         model=model,
+        trained=trained,
         optimizers=make_optimizers(
             model,
             use_muon=cfg.optimizer == "muon",
@@ -292,11 +362,17 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
         stop=StopSignals(),
     )
     if resuming and training:
-        checkpoint.restore(ckpt, "optimizer.", run.optimizer_tensors())
-        try:
-            if ckpt.meta["scaler"]:
-                run.scaler.load_state_dict(ckpt.meta["scaler"])
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{ckpt.path}: the scaler's state cannot be used: {error}") from None
-    encode_prompt(run.tok, unescape(cfg.sample_prompt), cfg.seed)  # fails now if it ever will
+        run.restore_optimizers(ckpt)
+    with distributed.together():  # fails now if it ever will
+        encode_prompt(run.tok, unescape(cfg.sample_prompt), cfg.seed)
+    if training and size == 0 and cfg.device != "cpu" and not cfg.fsdp:
+        run.shrink_micro_batch_size()
     return run
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str:
+    """The name of the first tensor with a value that is not finite; empty if there is none."""
+    parts = map(distributed.local_part, tensors.values())
+    largest = [linalg.vector_norm(t, math.inf) if t.numel() else t.new_zeros(()) for t in parts]
+    bad = distributed.sum_over_ranks(torch.stack(largest).isfinite().logical_not().int())
+    return list(tensors)[int(bad.argmax())] if bad.any() else ""

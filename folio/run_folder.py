@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data import bins
 from data.errors import UserError
-from folio import checkpoint, gpt2
+from folio import checkpoint, distributed, gpt2
 from folio.checkpoint import TEMPORARY, Checkpoint, sync_folder, write_file
 
 LATEST, BEST, SNAPSHOTS = "ckpt.safetensors", "best.safetensors", "snapshots"
@@ -94,9 +94,19 @@ def write_record(out_dir: Path, run_id: str, options: dict, iter_num: int = 0) -
         before, changed = [], {}
     if changed:
         before.append({"until": iter_num, "options": changed})
-    record = {"run_id": run_id, "options": options} | ({"before": before} if before else {})
+    record = {"run_id": run_id, "options": options, "launch": distributed.launch_id()}
+    record |= {"before": before} if before else {}
     text = json.dumps(record, indent=1) + "\n"
     write_file(out_dir / RECORD, [text.encode()], out_dir / TEMPORARY)
+
+
+def read_record(out_dir: Path) -> dict:
+    """The contents of run.json; {} if it cannot be read."""
+    try:
+        record = json.loads((out_dir / RECORD).read_text("utf-8"))
+        return record if type(record) is dict else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -> None:
@@ -125,13 +135,19 @@ def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -
 
 
 def save_run(
-    out_dir: Path, tensors: dict[str, Tensor], meta: dict, best: bool, snapshot: bool, keep: int
+    out_dir: Path,
+    tensors: dict[str, Tensor],
+    meta: dict,
+    best: bool,
+    snapshot: bool,
+    keep: int,
+    values: Iterable[Tensor] | None = None,
 ) -> None:
     """Save a run's state as the latest, and on request as the best and as a snapshot.
 
-    The newest `keep` snapshots are kept; 0 keeps all.
+    The newest `keep` snapshots are kept; 0 keeps all. `values` is as in checkpoint.save().
     """
-    checkpoint.save(out_dir / LATEST, tensors, meta)
+    checkpoint.save(out_dir / LATEST, tensors, meta, values)
     link_latest(out_dir, meta["progress"]["iter_num"], best, snapshot)
     if snapshot and keep:
         for old in snapshots(out_dir)[:-keep]:
@@ -244,10 +260,7 @@ def load_latest(out_dir: Path) -> Checkpoint:
 def load_from_run(out_dir: Path, path: Path) -> Checkpoint:
     """Load one of a run's checkpoints; raises UserError if run.json names another run."""
     ckpt = checkpoint.load(path)
-    try:
-        run_id = json.loads((out_dir / RECORD).read_text("utf-8"))["run_id"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        run_id = None  # only checkpoints were copied here
+    run_id = read_record(out_dir).get("run_id")  # None if only checkpoints were copied here
     if run_id not in (None, ckpt.meta["run_id"]):
         found = ckpt.meta["run_id"]
         raise UserError(f"{path} belongs to another run: {found!r}, not {run_id!r}")

@@ -12,10 +12,11 @@ import torch
 
 from data import bins
 from data.errors import UserError
-from folio import run_folder
+from folio import distributed, run_folder
 from folio.checkpoint import Checkpoint, check_model
 from folio.machine import memory_needed
 from folio.run import Run
+from folio.run_folder import LATEST
 from model import GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,20 @@ DOWNLOAD_SECONDS = 10  # the quick start's limit for its download, before it use
 
 
 def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
-    """Open a data set, after building it if it is missing and prepare.py can: from its recipe, or
+    """Open a data set; rank 0 builds it if it is missing. Raises UserError if a rank sees another
+    one, or none."""
+    folder = distributed.from_main(lambda: _build_dataset(data_dir, name, quick_start))
+    with distributed.together():
+        dataset = bins.load(folder)
+    expected = distributed.from_main(lambda: dataset.fingerprint)
+    with distributed.together():
+        if dataset.fingerprint != expected:
+            raise UserError(f"{folder} of rank {distributed.rank()} is not the one of rank 0")
+    return dataset
+
+
+def _build_dataset(data_dir: Path, name: str, quick_start: bool) -> Path:
+    """The folder of a data set. If it is missing, prepare.py builds it if it can: from its recipe, or
     from the text in data_dir/NAME/input.txt.
 
     The quick start falls back to the Python language reference, which needs no download, if tiny
@@ -43,7 +57,7 @@ def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
             folder = data_dir / "pydocs"
             if not bins.is_built(folder):
                 _run_prepare(folder)
-    return bins.load(folder)
+    return folder
 
 
 def _run_prepare(folder: Path, timeout: float | None = None) -> None:
@@ -140,7 +154,14 @@ def find_resumed(out_dir: str, path: str) -> Path:
 
 
 def load_start(given: dict) -> Checkpoint | None:
-    """Load the checkpoint that init_from selects; None for scratch."""
+    """Load the checkpoint that init_from selects, its tensors on rank 0 alone; None for scratch."""
+    with distributed.together():
+        ckpt = _load_start(given) if distributed.is_main() else None
+    shared = distributed.from_main(lambda: ckpt and (ckpt.path, ckpt.meta))
+    return ckpt or (Checkpoint(shared[0], {}, shared[1]) if shared else None)
+
+
+def _load_start(given: dict) -> Checkpoint | None:
     init_from = given.get("init_from", "scratch")
     if init_from == "scratch":
         return None
@@ -151,6 +172,45 @@ def load_start(given: dict) -> Checkpoint | None:
     ckpt = run_folder.load_from_run(folder, Path(path)) if path else run_folder.load_latest(folder)
     check_model(ckpt)
     return ckpt
+
+
+def restarted_options(given: dict, out_dir: str) -> dict:
+    """The options after torchrun has restarted a run: those of a resume, if it saved before."""
+    record = run_folder.read_record(Path(out_dir))
+    if record.get("launch") != distributed.launch_id() or not (Path(out_dir) / LATEST).exists():
+        return given
+    changed = {"init_from": "resume", "out_dir": out_dir, "checkpoint": "", "minutes": 0.0}
+    return {**given, **changed, "max_iters": record["options"]["max_iters"]}
+
+
+def check_processes(device: str, dtype: str, fsdp: bool) -> None:
+    """Raise UserError for a device that the processes of torchrun cannot use, or one with FSDP."""
+    count, n_local = torch.cuda.device_count(), distributed.local_world_size()
+    if device.startswith("cuda") and n_local > count:
+        raise UserError(f"{n_local} processes need as many GPUs, and this machine has {count}")
+    if ":" in device and distributed.world_size() > 1:
+        raise UserError(f"--device={device} is one GPU; each process needs its own: --device=cuda")
+    if fsdp and distributed.world_size() == 1:
+        raise UserError("--fsdp needs several processes: torchrun --nproc_per_node=8 train.py ...")
+    if fsdp and dtype == "float16":
+        raise UserError("--fsdp needs --dtype=bfloat16 or float32, not float16")
+
+
+def check_batch_size(batch_size: int, micro_batch_size: int) -> None:
+    """Raise ValueError if the batch cannot be divided among processes and micro-batches."""
+    world_size, micro = distributed.world_size(), micro_batch_size or 1
+    if batch_size % (world_size * micro) == 0:
+        return
+    below = batch_size - batch_size % (world_size * micro)
+    sizes = [f"batch_size={n}" for n in (below, below + world_size * micro) if n]
+    what = f"{world_size} processes" if world_size > 1 else ""
+    if micro_batch_size:
+        what = f"{what} times micro_batch_size={micro}" if what else f"micro_batch_size={micro}"
+        fitting = [m for m in range(1, micro) if batch_size % (world_size * m) == 0]
+        sizes = [f"micro_batch_size={max(fitting)}"] * bool(fitting) + sizes[-1:]
+    raise ValueError(
+        f"batch_size={batch_size} is not a multiple of {what}; use {' or '.join(sizes)}"
+    )
 
 
 def resumed_options(given: dict, ckpt: Checkpoint, known: set[str]) -> dict:
@@ -169,7 +229,8 @@ def resumed_options(given: dict, ckpt: Checkpoint, known: set[str]) -> dict:
     changed = {name for name in given if given[name] != saved.get(name)}
     if "device" in changed:  # what "auto" chose there may not fit here
         saved |= {"dtype": "auto", "compile": "auto"}
-    if changed & {"batch_size", "device", "dtype"}:
+    per_step = distributed.world_size() * saved["micro_batch_size"]
+    if changed & {"batch_size", "device", "dtype"} or saved["batch_size"] % per_step:
         saved["micro_batch_size"] = 0
     return {**saved, **given}
 
@@ -209,12 +270,16 @@ def _made_with(ckpt: Checkpoint, name: str, given: object, saved: object) -> Use
 def describe(run: Run, ckpt: Checkpoint | None) -> None:
     """Print the machine, the data and the model, and of a resumed run its state."""
     cfg, data, model = run.cfg, run.dataset, run.model
+    if not distributed.is_main():
+        return
     if cfg.init_from == "resume" and not cfg.eval_only:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(ckpt.path.stat().st_mtime))
         print(f"resume:  {ckpt.path}, saved {saved}, {run.progress.iter_num:,} updates")
     name = f"{torch.get_num_threads()} threads"
     if cfg.device.startswith("cuda"):
         name = torch.cuda.get_device_name(cfg.device)
+    if distributed.world_size() > 1:
+        name = f"{distributed.world_size()} processes with {name}"
     print(f"machine: {cfg.device} ({name}), {cfg.dtype}, {'compiled' if cfg.compile else 'eager'}")
     print(
         f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids, "
@@ -222,8 +287,7 @@ def describe(run: Run, ckpt: Checkpoint | None) -> None:
     )
     names = ("n_layer", "n_head", "n_embd", "block_size")
     shape = ", ".join(f"{name} {getattr(cfg, name)}" for name in names)
-    training, size = not cfg.eval_only, cfg.micro_batch_size
-    memory = memory_needed(model, size, cfg.device, cfg.dtype, training) / 2**20
+    memory = memory_needed(model, cfg) / 2**20
     print(
         f"model:   {shape if cfg.model == 'gpt' else 'bigram'}: {model.n_params():,} parameters, "
         f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token, about {memory:,.0f} MiB",
