@@ -377,8 +377,7 @@ def launch(run: Run, resumed_from: Path | None) -> int:
             plan(run)
             with distributed.together():
                 run.check_disk()
-            run.share_stop()
-            if run.stop.caught:
+            if run.is_stopped():
                 return report_stop(run)
             new_folder = distributed.on_main(run_folder.new_folder(out_dir))
             with nullcontext() if resumed_from else new_folder:
@@ -449,7 +448,7 @@ def run_to_end(run: Run) -> int:
             metrics.plot_losses(out_dir, bins.bigram_loss(train, val, run.dataset.vocab_size))
         if failure:
             raise failure
-    if run.stop.caught:
+    if run.stopped:
         return report_stop(run)
     print(f"done:    {reason} after {progress.iter_num:,} updates")
     print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
@@ -460,13 +459,13 @@ def run_to_end(run: Run) -> int:
 
 def report_stop(run: Run) -> int:
     """Print when a signal ended the run; return the exit code."""
-    name, iter_num = run.stop.caught.name, run.progress.iter_num
+    name, iter_num = run.stopped.name, run.progress.iter_num
     if iter_num:
         print(f"stopped: {name} after {iter_num:,} updates; saved")
         print(f"resume:  python train.py --init_from=resume --out_dir={quote(run.cfg.out_dir)}")
     else:
         print(f"stopped: {name} before the first update; nothing to save")
-    return 128 + run.stop.caught
+    return 128 + run.stopped
 
 
 if __name__ == "__main__":

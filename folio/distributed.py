@@ -13,6 +13,7 @@ time-out. So what may fail on one rank alone is done in together(), after which 
 none does.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import (
@@ -58,21 +59,32 @@ def process_group() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    local_rank, has_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
-    if has_gpu and local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)  # the one that "cuda" means
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+    if not dist.is_initialized():  # a second main() in the same process finds it
+        _join()
+        atexit.register(dist.destroy_process_group)
     try:
         with nullcontext() if is_main() else redirect_stdout(open(os.devnull, "w")):
             yield
-    except RuntimeError as error:
+    except BaseException as error:
+        atexit.unregister(dist.destroy_process_group)  # which may wait for the others
         reasons = [what for text, what in LOST.items() if text in str(error).lower()]
-        if not reasons:
+        if not isinstance(error, RuntimeError) or not reasons:
             raise
         if not is_main():
             raise EndedElsewhere(1) from None
         raise OSError(f"another process {reasons[0]}; the last save is intact") from None
-    dist.destroy_process_group()
+
+
+def _join() -> None:
+    local_rank, has_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+    if has_gpu and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)  # the one that "cuda" means
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # the store outlives a restart, and has the addresses of the processes before it
+    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+    group = {"store": store, "rank": rank, "world_size": world_size}
+    dist.init_process_group(backend, timeout=TIMEOUT, **group)
 
 
 def rank() -> int:

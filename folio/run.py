@@ -25,7 +25,7 @@ from folio.generation import Sampling, batches, encode_prompt, generate_texts
 from folio.metrics import Clock
 from folio.optim import DivergenceGuard, make_optimizers
 from folio.options import build_options, unescape
-from folio.process import Diverged, StopSignals
+from folio.process import Diverged, Stopped, StopSignals
 from model import MODELS, GPTConfig, LanguageModel
 
 TRIALS, TRIAL_SECONDS = 10, 0.5  # of the timing of an update; it stops at the first limit
@@ -79,6 +79,7 @@ class Run:
     progress: Progress
     clock: Clock
     stop: StopSignals
+    stopped: signal.Signals | None = None  # the signal that ends the run, as all ranks agreed
 
     def is_due(self, interval: int) -> bool:
         """Whether iter_num is a positive multiple of the interval; 0: never."""
@@ -89,15 +90,16 @@ class Run:
         """Bring the seconds of `progress` up to now."""
         self.progress.train_seconds, self.progress.wall_seconds = self.clock.read()
 
-    def share_stop(self) -> None:
-        """Tell all ranks of a signal that one of them caught."""
+    def is_stopped(self) -> bool:
+        """Whether a rank has caught a signal, which is then in `stopped` of all ranks."""
         caught = int(distributed.maximum(self.stop.caught or 0))
-        self.stop.caught = signal.Signals(caught) if caught else None
+        self.stopped = signal.Signals(caught) if caught else None
+        return caught > 0
 
     def check_stop(self) -> None:
-        """Raise Stopped on all ranks if one of them caught a signal."""
-        self.share_stop()
-        self.stop.check()
+        """Raise Stopped on all ranks if one of them has caught a signal."""
+        if self.is_stopped():
+            raise Stopped
 
     def evaluate(self) -> str:
         """Evaluate both splits, update `progress`, and return the losses as text."""

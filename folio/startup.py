@@ -37,8 +37,8 @@ def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
 
 
 def _build_dataset(data_dir: Path, name: str, quick_start: bool) -> Path:
-    """The folder of a data set. If it is missing, prepare.py builds it if it can: from its recipe, or
-    from the text in data_dir/NAME/input.txt.
+    """The folder of a data set. If it is missing, prepare.py builds it, if it can: from its recipe
+    or from the text in data_dir/NAME/input.txt.
 
     The quick start falls back to the Python language reference, which needs no download, if tiny
     Shakespeare cannot be downloaded within seconds.

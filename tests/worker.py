@@ -1,0 +1,70 @@
+"""One of the processes that torchrun starts for test_distributed.py: train, and write down how.
+
+    torchrun --nproc_per_node=2 tests/worker.py RUN [and RUN ...]
+
+Each RUN is train.py's arguments. FAULT, in the environment, breaks something on one rank. Files in
+the current folder: windows.RANK, with a line for each run, update and micro-batch; pid.RANK; and
+code.RANK, with the exit code of each run.
+"""
+
+import errno
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+from folio import batch, distributed, run_folder
+
+RANK, FAULT = int(os.environ["RANK"]), os.environ.get("FAULT", "")
+AT_ITER = 7  # the update at which something breaks
+
+
+def note(name: str, text: object) -> None:
+    with open(HERE / f"{name}.{RANK}", "a") as file:
+        file.write(f"{text}\n")
+
+
+def noted_windows(split, starts, *args):
+    note("windows", " ".join(map(str, starts)))
+    return batch.get_batch(split, starts, *args)
+
+
+def noted_update(run):
+    note("windows", f"update {run.progress.iter_num}")
+    loss, norm = update(run)
+    if RANK == 1 and run.progress.iter_num == AT_ITER:
+        if FAULT == "nan":  # as after a bit flip in memory
+            with torch.no_grad():
+                distributed.local_part(run.model.wte.weight)[0, 0] = torch.nan
+        if FAULT == "hang":
+            note("hung", "")
+            os.kill(os.getpid(), 19)
+    return loss, norm
+
+
+def full_disk(out_dir, tensors, meta, values, **kwargs):
+    next(iter(values))
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out_dir))
+
+
+HERE = Path.cwd()
+note("pid", os.getpid())
+train.get_batch = noted_windows
+if FAULT == "elsewhere" and RANK == 1:
+    os.chdir("elsewhere")
+if FAULT == "full disk":
+    run_folder.save_run = full_disk
+if FAULT == "hang":
+    distributed.TIMEOUT = timedelta(seconds=5)
+update, train.update = train.update, noted_update
+runs = " ".join(sys.argv[1:]).split(" and ")
+for words in runs:
+    note("windows", "run")
+    code = train.main(words.split())
+    note("code", code)
+raise SystemExit(code)
