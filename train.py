@@ -35,11 +35,10 @@ from data.errors import UserError
 from folio import distributed, machine, metrics, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
 from folio.optim import get_lr
-from folio.options import PathStr, build_options, read_options
+from folio.options import PathStr, build_options
 from folio.run import Run, build_run
 from model import GPTConfig
 
-QUICK_START = str(Path(__file__).parent / "config" / "shakespeare_char_cpu.py")
 MIN_ITERS = 100  # the smallest number of updates that --minutes chooses
 
 
@@ -126,20 +125,6 @@ class TrainConfig(GPTConfig):
             raise ValueError(f"checkpoint={self.checkpoint} needs --init_from=resume")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
-
-
-NANOGPT = {  # options of nanoGPT that do not exist here, with advice
-    "gradient_accumulation_steps": "batch_size counts all sequences of an update; "
-    "micro_batch_size says how many are processed at a time",
-    "eval_iters": "an evaluation reads the whole split, or eval_tokens of it",
-    "always_save_checkpoint": "every evaluation saves ckpt.safetensors, and best.safetensors "
-    "if it improved",
-    "decay_lr": "use schedule=constant",
-    "backend": "the device decides it",
-    "start": "use sample_prompt",
-    "wandb_log": "use wandb",
-    "max_new_tokens": "use sample_tokens",
-}
 
 
 # ---- one update ---------------------------------------------------------------------------------
@@ -299,30 +284,13 @@ def add_samples(run: Run, log: metrics.Log) -> None:
 @script
 def main(argv: list[str]) -> int:
     with distributed.process_group():
-        given, quick_start = distributed.from_main(lambda: read_given(argv))
+        given, quick_start = distributed.from_main(lambda: startup.read_given(TrainConfig, argv))
         if given.get("init_from") != "resume" or given.get("eval_only"):
             return start(given, quick_start)
         names = given.get("out_dir", ""), given.get("checkpoint", "")
         folder = distributed.from_main(lambda: startup.find_resumed(*names))
         with distributed.on_main(run_folder.lock(folder)):
             return start({**given, "out_dir": str(folder)})
-
-
-def read_given(argv: list[str]) -> tuple[dict, bool]:
-    """The options that are given, in the order of setting, and whether it is the quick start."""
-    given, recipes = read_options(TrainConfig, argv, hints=NANOGPT)
-    quick_start = False
-    if given.get("init_from", "scratch") == "scratch" and not recipes:
-        quick_start = "dataset" not in given
-        recipe, _ = read_options(TrainConfig, [QUICK_START])
-        recipe["out_dir"] = "out/" + Path(given.get("dataset", "quickstart")).absolute().name
-        given = {k: v for k, v in recipe.items() if k not in given} | given
-    lengths = [name for name in given if name == "max_iters" or (name == "minutes" and given[name])]
-    for name in lengths[:-1]:  # they override each other; the last one wins
-        del given[name]
-    if distributed.is_restart():
-        given = startup.restarted_options(given, given.get("out_dir", TrainConfig.out_dir))
-    return given, quick_start
 
 
 def start(given: dict, quick_start: bool = False) -> int:

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import secrets
@@ -131,6 +132,9 @@ class Split:
         offsets = starts[:, None] + np.arange(block_size + 1)
         last = len(self.tokens) - 1
         rows = self.tokens[np.minimum(offsets, last)].astype(np.int64)
+        if isinstance(self.tokens, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            # else all that was ever read counts as memory; the pages stay in the disk's cache
+            self.tokens.base.madvise(mmap.MADV_DONTNEED)
         self.check(rows)
         idx, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
         targets[offsets[:, 1:] > last] = IGNORED

@@ -256,7 +256,7 @@ def load(params: dict[str, Tensor], source: dict[str, Tensor]) -> None:
             full = source[name] if is_main() else torch.empty(p.shape, dtype=p.dtype)
             p.copy_(distribute_tensor(full.to(p.device), p.device_mesh, p.placements))
             continue
-        if is_main() and p is not source[name]:
+        if is_main():
             p.copy_(source[name])
         if world_size() > 1:
             dist.broadcast(p.detach(), src=0)

@@ -335,8 +335,9 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
             weights = {name: p.detach() for name, p in model.named_parameters()}
         else:
             model = checkpoint.empty_model(cfg.model, config, "cpu")
-    trained = distributed.parallelize(model, cfg)
-    distributed.load(dict(model.named_parameters()), weights)
+    trained = distributed.parallelize(model, cfg)  # DDP copies rank 0's weights to all
+    if cfg.fsdp:
+        distributed.load(dict(model.named_parameters()), weights)
     del weights
     run = Run(
         cfg=cfg,

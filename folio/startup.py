@@ -15,12 +15,56 @@ from data.errors import UserError
 from folio import distributed, run_folder
 from folio.checkpoint import Checkpoint, check_model
 from folio.machine import memory_needed
+from folio.options import read_options
 from folio.run import Run
 from folio.run_folder import LATEST
 from model import GPTConfig
 
 ROOT = Path(__file__).parent.parent
+QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
 DOWNLOAD_SECONDS = 10  # the quick start's limit for its download, before it uses another text
+
+
+NANOGPT = {  # options of nanoGPT that do not exist here, with advice
+    "gradient_accumulation_steps": "batch_size counts all sequences of an update; "
+    "micro_batch_size says how many are processed at a time",
+    "eval_iters": "an evaluation reads the whole split, or eval_tokens of it",
+    "always_save_checkpoint": "every evaluation saves ckpt.safetensors, and best.safetensors "
+    "if it improved",
+    "decay_lr": "use schedule=constant",
+    "backend": "the device decides it",
+    "start": "use sample_prompt",
+    "wandb_log": "use wandb",
+    "max_new_tokens": "use sample_tokens",
+}
+
+
+def read_given(cls: type, argv: list[str]) -> tuple[dict, bool]:
+    """The options, of train.py's dataclass, that are given, in the order of setting; and whether
+    they mean the quick start."""
+    given, recipes = read_options(cls, argv, hints=NANOGPT)
+    quick_start = False
+    if given.get("init_from", "scratch") == "scratch" and not recipes:
+        quick_start = "dataset" not in given
+        recipe, _ = read_options(cls, [QUICK_START])
+        recipe["out_dir"] = "out/" + Path(given.get("dataset", "quickstart")).absolute().name
+        given = {k: v for k, v in recipe.items() if k not in given} | given
+    lengths = [name for name in given if name == "max_iters" or (name == "minutes" and given[name])]
+    for name in lengths[:-1]:  # they override each other; the last one wins
+        del given[name]
+    return (_restarted(given) if distributed.is_restart() else given), quick_start
+
+
+def _restarted(given: dict) -> dict:
+    """The options after torchrun has restarted a run: those of a resume, if it saved before."""
+    folder = Path(given.get("out_dir", ""))
+    if given.get("init_from") == "resume":
+        folder = find_resumed(given.get("out_dir", ""), given.get("checkpoint", ""))
+    record = run_folder.read_record(folder)
+    if record.get("launch") != distributed.launch_id() or not (folder / LATEST).exists():
+        return given
+    changed = {"init_from": "resume", "out_dir": str(folder), "checkpoint": "", "minutes": 0.0}
+    return {**given, **changed, "max_iters": record["options"]["max_iters"]}
 
 
 def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
@@ -172,15 +216,6 @@ def _load_start(given: dict) -> Checkpoint | None:
     ckpt = run_folder.load_from_run(folder, Path(path)) if path else run_folder.load_latest(folder)
     check_model(ckpt)
     return ckpt
-
-
-def restarted_options(given: dict, out_dir: str) -> dict:
-    """The options after torchrun has restarted a run: those of a resume, if it saved before."""
-    record = run_folder.read_record(Path(out_dir))
-    if record.get("launch") != distributed.launch_id() or not (Path(out_dir) / LATEST).exists():
-        return given
-    changed = {"init_from": "resume", "out_dir": out_dir, "checkpoint": "", "minutes": 0.0}
-    return {**given, **changed, "max_iters": record["options"]["max_iters"]}
 
 
 def check_processes(device: str, dtype: str, fsdp: bool) -> None:

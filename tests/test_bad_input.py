@@ -102,7 +102,7 @@ CASES = (
         (training.main, "--wandb_log", "use wandb"),
         (training.main, "--backend=nccl", "the device decides it"),
         (training.main, "--start=x", "use sample_prompt"),
-        (training.main, "--max_seconds=inf", "max_seconds must be a number in [0, inf), not inf"),
+        (training.main, "--minutes=inf", "minutes must be a number in [0, inf), not inf"),
         (training.main, "--weight_decay=-inf", "weight_decay must be a number in [0, inf), not -inf"),
         # what does not go together
         (training.main, "--n_embd=30 --n_head=4", "is not a multiple of n_head=4; use n_embd=28 or 32"),
@@ -115,7 +115,7 @@ CASES = (
         (training.main, "--init_from=resume --out_dir=RUN --optimizer=muon", "made with optimizer=adamw"),
         (training.main, "--batch_size=12 --micro_batch_size=5", "micro_batch_size=4 or batch_size=15"),
         (training.main, "--max_iters=0", "max_iters=0 never ends"),
-        (training.main, "--max_iters=0 --max_seconds=9", "needs lr_decay_iters"),
+        (training.main, "--max_iters=0 --patience=9", "needs lr_decay_iters"),
         (training.main, "--min_lr=1", "min_lr=1.0 is above learning_rate"),
         (training.main, "--vocab_size=3", "vocab_size=3 is below the "),
         (training.main, "--checkpoint=x", "checkpoint=x needs --init_from=resume"),

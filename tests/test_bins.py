@@ -1,8 +1,11 @@
 """Promise: what prepare.py wrote is read back as it was, and nothing else is taken for it."""
 
 import json
+import mmap
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,3 +92,17 @@ def test_the_bigram_baseline_is_the_entropy_of_pairs():
 def test_the_bigram_baseline_survives_pairs_never_seen():
     seen, unseen = np.zeros(100, np.uint16), np.arange(5, dtype=np.uint16)
     assert np.isfinite(bins.bigram_loss(seen, unseen, 5))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_was_read_does_not_stay_in_memory(tmp_path):
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    path, n_tokens = tmp_path / "train.bin", 2**25
+    np.zeros(n_tokens, "<u2").tofile(path)
+    split = bins.Split(path, np.memmap(path, "<u2", "r"), 2, None)
+    before, starts = resident_bytes(), np.arange(0, n_tokens, 2048)
+    for i in range(0, len(starts), 64):
+        split.batch(starts[i : i + 64], 16)
+    assert resident_bytes() - before < path.stat().st_size / 4

@@ -1,7 +1,8 @@
 """Promise: what an earlier version of Folio saved still loads, samples and resumes.
 
 tests/earlier_version/ is a run of 40 updates with every newer part and Muon. The version of
-2026-11-22 saved it, whose options included `cuda_graphs`, and then trained on to 60 updates itself.
+2026-11-22 saved it, whose options included `cuda_graphs`. That of 2026-11-25, which resumed as it
+did, trained on to 60 updates without dropout; since then, dropout is seeded differently.
 """
 
 import csv
@@ -16,8 +17,8 @@ import runs
 import sample
 import train
 
-LOSSES = {41: 2.125877, 50: 2.243291, 60: 2.108576}  # by that version, of its further updates
-VAL_LOSS = 2.025961
+LOSSES = {41: 2.109626, 50: 2.144255, 60: 2.026955}  # of its further updates
+VAL_LOSS = 2.016933
 
 
 @pytest.fixture
@@ -28,8 +29,9 @@ def run(tmp_path, monkeypatch):
     assert prepare.main(["--name=times", "--input=text.txt"]) == 0
 
 
-def test_it_resumes_as_that_version_did(run, capsys):
-    assert train.main(["--init_from=resume", "--out_dir=run", "--max_iters=60"]) == 0
+def test_it_resumes_as_an_earlier_version_did(run, capsys):
+    argv = ["--init_from=resume", "--out_dir=run", "--max_iters=60", "--dropout=0"]
+    assert train.main(argv) == 0
     with open("run/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     losses = {int(row["iter_num"]): float(row["loss"]) for row in rows if row["loss"]}

@@ -39,7 +39,5 @@ def make_run(folder: Path, **options) -> Run:
     cfg = train.TrainConfig(**options)
     device, dtype, compile = machine.resolve_machine(cfg.device, cfg.dtype, cfg.compile)
     machine.setup_torch(device, dtype, cfg.deterministic)
-    size = cfg.micro_batch_size
-    size = size or machine.auto_micro_batch_size(cfg.batch_size, cfg, device, dtype)
-    cfg = replace(cfg, device=device, dtype=dtype, compile=compile, micro_batch_size=size)
+    cfg = replace(cfg, device=device, dtype=dtype, compile=compile)
     return build_run(cfg, bins.load(folder), None)
