@@ -219,11 +219,12 @@ def _shard(model: LanguageModel, blocks: list[nn.Module], cfg: Any) -> nn.Module
 
 
 def set_gradient_sync(module: nn.Module, sync: bool) -> None:
-    """Whether the next backward averages the gradients over the ranks, or only accumulates them."""
+    """Whether the next backward averages DDP's gradients over the ranks, or only accumulates them.
+
+    FSDP2 averages in every backward, because it would otherwise keep the gradients of all weights.
+    """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = sync
-    elif hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(sync)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -148,8 +148,11 @@ def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
 
 def memory_needed(model: LanguageModel, cfg: Any) -> int:
     """Rough number of bytes for a process of a run with train.py's TrainConfig: of weights,
-    gradients, AdamW's moments and activations to train, of weights and logits to evaluate."""
-    c, elements = model.config, model.activations_per_token()
+    gradients, AdamW's moments and activations to train, of weights and logits to evaluate.
+
+    docs/scale.md explains the formula.
+    """
+    c, elements, n_params = model.config, model.activations_per_token(), model.n_params()
     if cfg.eval_only:
         elements = c.vocab_size
     elif isinstance(model, GPT):
@@ -159,8 +162,12 @@ def memory_needed(model: LanguageModel, cfg: Any) -> int:
         elements -= 14 * c.n_embd * again[cfg.activation_checkpointing]
     n_tokens = cfg.micro_batch_size * c.block_size
     activations = n_tokens * elements * (4 if cfg.dtype == "float32" else 2)
-    n_params = model.n_params() / (distributed.world_size() if cfg.fsdp else 1)
-    return int((4 if cfg.eval_only else 16) * n_params) + activations
+    state = (4 if cfg.eval_only else 16) * n_params
+    if cfg.fsdp:  # what is gathered at a time: the embeddings, and about two blocks
+        in_block = sum(p.numel() for p in model.h[0].parameters()) if isinstance(model, GPT) else 0
+        gathered = n_params - in_block * c.n_layer + in_block
+        state = state // distributed.world_size() + 8 * gathered
+    return state + activations
 
 
 def available_memory(device: torch.device) -> int | None:

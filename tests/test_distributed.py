@@ -4,6 +4,7 @@ Real processes on CPUs, started by torchrun: they are killed, stopped, and given
 """
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -32,7 +33,14 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs 
 class Torchrun:
     """torchrun with workers, whose folder is the current one."""
 
-    def __init__(self, n: int, *runs: list[str], fault: str = "", options: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        n: int,
+        *runs: list[str],
+        fault: str = "",
+        at: int = 7,
+        options: tuple[str, ...] = (),
+    ):
         words = [word for run in runs for word in (*run, "and")][:-1]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
         self.process = subprocess.Popen(
@@ -40,7 +48,7 @@ class Torchrun:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "FAULT": fault, "FAULT_AT": str(at), "OMP_NUM_THREADS": "1"},
         )
 
     def wait(self, seconds: float = 120) -> int:
@@ -305,3 +313,35 @@ def test_a_process_that_hangs_ends_all_after_the_time_out(data_dir, tmp_path, mo
     assert run.wait(GONE_SECONDS + 5) == 1
     (error,) = run.errors()
     assert "another process did not answer" in error and not pids()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fsdp", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "SIGINT", "small disk", "nan"])
+def test_whatever_ends_one_process_at_any_moment(data_dir, tmp_path, monkeypatch, fault, fsdp):
+    """Ten times each, 20 with and without FSDP: nothing hangs, and what was saved resumes."""
+    expected = {"SIGKILL": 1, "SIGTERM": 143, "SIGINT": 130, "small disk": 1, "nan": 3}[fault]
+    rng = random.Random(fault)
+    for i in range(10):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        at = rng.randrange(1000, 400_000) if fault == "small disk" else rng.randrange(1, 60)
+        argv = words(data_dir, *LONG, "--snapshot_interval=7", *fsdp)
+        run = Torchrun(2, argv, fault=fault, at=at)
+        if fault.startswith("SIG"):
+            run.wait_for("run/metrics.csv", f"\n{at},")
+            time.sleep(rng.random() / 50)
+            victim = rng.randrange(2)
+            os.kill(pids()[victim], getattr(signal, fault))
+            began = time.monotonic()
+            assert run.wait(GONE_SECONDS) == 1
+            assert time.monotonic() - began < GONE_SECONDS and not pids()
+            ranks = {0, 1} - ({victim} if fault == "SIGKILL" else set())
+        else:
+            assert run.wait(GONE_SECONDS + 30) == 1, run.out
+            ranks = {0, 1}
+        for rank in ranks:
+            assert Path(f"code.{rank}").read_text().split() == [str(expected)], run.err
+        if Path("run/ckpt.safetensors").exists():
+            assert train.main(["--init_from=resume", "--out_dir=run", "--eval_only"]) == 0

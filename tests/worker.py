@@ -9,6 +9,7 @@ code.RANK, with the exit code of each run.
 
 import errno
 import os
+import resource
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ import train
 from folio import batch, distributed, run_folder
 
 RANK, FAULT = int(os.environ["RANK"]), os.environ.get("FAULT", "")
-AT_ITER = 7  # the update at which something breaks
+AT = int(os.environ.get("FAULT_AT", 7))  # the update at which it breaks, or the size of the disk
 
 
 def note(name: str, text: object) -> None:
@@ -37,7 +38,7 @@ def noted_windows(split, starts, *args):
 def noted_update(run):
     note("windows", f"update {run.progress.iter_num}")
     loss, norm = update(run)
-    if RANK == 1 and run.progress.iter_num == AT_ITER:
+    if RANK == 1 and run.progress.iter_num == AT:
         if FAULT == "nan":  # as after a bit flip in memory
             with torch.no_grad():
                 distributed.local_part(run.model.wte.weight)[0, 0] = torch.nan
@@ -59,6 +60,8 @@ if FAULT == "elsewhere" and RANK == 1:
     os.chdir("elsewhere")
 if FAULT == "full disk":
     run_folder.save_run = full_disk
+if FAULT == "small disk":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (AT, AT))
 if FAULT == "hang":
     distributed.TIMEOUT = timedelta(seconds=5)
 update, train.update = train.update, noted_update
