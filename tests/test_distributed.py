@@ -1,6 +1,6 @@
 """Promise: several processes train the same as one, and all of them end when one does.
 
-Real processes on CPUs, started by torchrun: they are killed, stopped, and given broken disks.
+Real processes on CPUs: they are killed, stopped, and given broken disks.
 """
 
 import os
@@ -30,21 +30,18 @@ GONE_SECONDS = 45  # within which all processes end after one has
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs POSIX")
 
 
-class Torchrun:
-    """torchrun with workers, whose folder is the current one."""
+class Processes:
+    """n processes of worker.py, whose folder is the current one; of torchrun if it has options."""
 
     def __init__(
-        self,
-        n: int,
-        *runs: list[str],
-        fault: str = "",
-        at: int = 7,
-        options: tuple[str, ...] = (),
+        self, n: int, *runs: list[str], fault: str = "", at: int = 7, torchrun: tuple = ()
     ):
-        words = [word for run in runs for word in (*run, "and")][:-1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+        launcher = [sys.executable]
+        if torchrun:
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={n}", *torchrun]
+        argv = " and ".join(" ".join(run) for run in runs).split()
         self.process = subprocess.Popen(
-            [*command, f"--nproc_per_node={n}", WORKER, *words],
+            [*launcher, WORKER, str(n), *argv],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -124,7 +121,7 @@ def test_several_processes_train_as_one(data_dir, tmp_path, monkeypatch, n):
     modern = [*MODERN, "--activation_checkpointing=half"]
     full = ["--fsdp", "--activation_checkpointing=full"]
     runs = {"ddp": [], "fsdp": full, "muon": modern}
-    several = Torchrun(n, *(words(data_dir, *m, f"--out_dir={run}") for run, m in runs.items()))
+    several = Processes(n, *(words(data_dir, *m, f"--out_dir={run}") for run, m in runs.items()))
     assert train.main(words(data_dir, "--out_dir=one")) == 0
     assert train.main(words(data_dir, *MODERN, "--out_dir=one_muon")) == 0
     assert several.wait() == 0, several.err
@@ -143,7 +140,7 @@ def test_a_run_resumes_with_another_number_of_processes(data_dir, tmp_path, monk
     resume = ["--init_from=resume", "--max_iters=20"]
     for run, more in {"one": [], "half_ddp": half, "half_fsdp": half}.items():
         assert train.main(words(data_dir, *more, f"--out_dir={run}")) == 0
-    several = Torchrun(
+    several = Processes(
         2,
         [*resume, "--out_dir=half_ddp"],
         [*resume, "--out_dir=half_fsdp", "--fsdp"],
@@ -159,7 +156,7 @@ def test_a_run_resumes_with_another_number_of_processes(data_dir, tmp_path, monk
 
 def test_a_killed_process_ends_all(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Torchrun(2, words(data_dir, *LONG))
+    run = Processes(2, words(data_dir, *LONG))
     run.wait_for("run/metrics.csv", "\n30,")
     os.kill(pids()[1], signal.SIGKILL)
     assert run.wait(GONE_SECONDS) == 1
@@ -170,7 +167,9 @@ def test_a_killed_process_ends_all(data_dir, tmp_path, monkeypatch):
 def test_a_restart_goes_on_to_the_same_bits(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = words(data_dir, "--max_iters=200", "--num_samples=0", "--log_interval=1")
-    run = Torchrun(2, argv, [*argv, "--out_dir=undisturbed"], options=("--max-restarts=1",))
+    run = Processes(
+        2, argv, [*argv, "--out_dir=undisturbed"], torchrun=("--standalone", "--max-restarts=1")
+    )
     run.wait_for("run/metrics.csv", "\n50,")
     os.kill(pids()[1], signal.SIGKILL)
     assert run.wait() == 0, run.err
@@ -184,7 +183,7 @@ def test_a_value_that_is_no_number_on_one_rank_ends_all_with_3(
     data_dir, tmp_path, monkeypatch, more
 ):
     monkeypatch.chdir(tmp_path)
-    run = Torchrun(2, words(data_dir, "--eval_interval=5", *more), fault="nan")
+    run = Processes(2, words(data_dir, "--eval_interval=5", *more), fault="nan")
     assert run.wait(GONE_SECONDS) == 1
     assert codes(2) == [3, 3]
     (error,) = run.errors()
@@ -197,7 +196,7 @@ def test_a_value_that_is_no_number_on_one_rank_ends_all_with_3(
 @pytest.mark.parametrize("more", [pytest.param((), marks=pytest.mark.soak), ("--fsdp",)])
 def test_a_full_disk_of_rank_0_ends_all_with_1(data_dir, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
-    run = Torchrun(2, words(data_dir, *more), fault="full disk")
+    run = Processes(2, words(data_dir, *more), fault="full disk")
     assert run.wait(GONE_SECONDS) == 1
     assert codes(2) == [1, 1]
     assert run.errors() == ["error: [Errno 28] No space left on device: 'run'"]
@@ -205,7 +204,7 @@ def test_a_full_disk_of_rank_0_ends_all_with_1(data_dir, tmp_path, monkeypatch, 
 
 def test_a_signal_to_one_process_stops_and_saves_all(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Torchrun(2, words(data_dir, *LONG))
+    run = Processes(2, words(data_dir, *LONG))
     run.wait_for("run/metrics.csv", "\n30,")
     os.kill(pids()[1], signal.SIGINT)
     assert run.wait(GONE_SECONDS) == 1
@@ -216,7 +215,7 @@ def test_a_signal_to_one_process_stops_and_saves_all(data_dir, tmp_path, monkeyp
 
 def test_torchrun_passes_a_signal_on(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Torchrun(2, words(data_dir, *LONG))
+    run = Processes(2, words(data_dir, *LONG), torchrun=("--standalone",))
     run.wait_for("run/metrics.csv", "\n30,")
     run.process.terminate()
     assert run.wait(GONE_SECONDS) == 1
@@ -234,7 +233,7 @@ def test_only_rank_0_reads_the_checkpoint(data_dir, tmp_path, monkeypatch):
         argv = words(data_dir, *half, *more, f"--out_dir={folder}/run")
         assert train.main(argv) == 0
     there = load("elsewhere/run/ckpt.safetensors")[0]
-    run = Torchrun(2, ["--init_from=resume", "--out_dir=run", "--max_iters=20"], fault="elsewhere")
+    run = Processes(2, ["--init_from=resume", "--out_dir=run", "--max_iters=20"], fault="elsewhere")
     assert run.wait() == 0, run.err
     assert_same_run("one", "run", rel=1e-5)
     same = load("elsewhere/run/ckpt.safetensors")[0]
@@ -251,7 +250,7 @@ def test_what_a_user_did_wrong_is_said_once(data_dir, tmp_path, monkeypatch):
         "--init_from=none": "cannot open checkpoint",
         "--out_dir=/dev/null/run": "/dev/null",
     }
-    run = Torchrun(2, *(words(data_dir, *argv.split()) for argv in wrong))
+    run = Processes(2, *(words(data_dir, *argv.split()) for argv in wrong))
     assert run.wait(GONE_SECONDS) == 1
     assert codes(2) == [2, 2]
     assert all(set(Path(f"code.{rank}").read_text().split()) == {"2"} for rank in range(2))
@@ -265,7 +264,7 @@ def test_ranks_with_different_data_are_refused(data_dir, tmp_path, monkeypatch):
     for folder, seed in (("data", 1), ("elsewhere/data", 2)):
         ids = np.random.default_rng(seed).integers(0, 256, 5000)
         write_bins(Path(folder) / "random", ids, 256)
-    run = Torchrun(2, words(Path("data"), "--dataset=random"), fault="elsewhere")
+    run = Processes(2, words(Path("data"), "--dataset=random"), fault="elsewhere")
     assert run.wait(GONE_SECONDS) == 1
     assert codes(2) == [2, 2]
     assert run.errors() == ["error: data/random of rank 1 is not the one of rank 0"]
@@ -309,7 +308,7 @@ def test_a_gpu_takes_what_its_memory_holds(monkeypatch):
 @pytest.mark.soak
 def test_a_process_that_hangs_ends_all_after_the_time_out(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Torchrun(2, words(data_dir, *LONG), fault="hang")
+    run = Processes(2, words(data_dir, *LONG), fault="hang")
     assert run.wait(GONE_SECONDS + 5) == 1
     (error,) = run.errors()
     assert "another process did not answer" in error and not pids()
@@ -328,7 +327,7 @@ def test_whatever_ends_one_process_at_any_moment(data_dir, tmp_path, monkeypatch
         monkeypatch.chdir(folder)
         at = rng.randrange(1000, 400_000) if fault == "small disk" else rng.randrange(1, 60)
         argv = words(data_dir, *LONG, "--snapshot_interval=7", *fsdp)
-        run = Torchrun(2, argv, fault=fault, at=at)
+        run = Processes(2, argv, fault=fault, at=at)
         if fault.startswith("SIG"):
             run.wait_for("run/metrics.csv", f"\n{at},")
             time.sleep(rng.random() / 50)

@@ -1,6 +1,7 @@
-"""One of the processes that torchrun starts for test_distributed.py: train, and write down how.
+"""Processes that train together for test_distributed.py, and write down how.
 
-    torchrun --nproc_per_node=2 tests/worker.py RUN [and RUN ...]
+    python tests/worker.py N RUN [and RUN ...]                   forks N processes
+    torchrun --nproc_per_node=N tests/worker.py N RUN [...]      is one of them
 
 Each RUN is train.py's arguments. FAULT, in the environment, breaks something on one rank. Files in
 the current folder: windows.RANK, with a line for each run, update and micro-batch; pid.RANK; and
@@ -10,6 +11,7 @@ code.RANK, with the exit code of each run.
 import errno
 import os
 import resource
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -19,10 +21,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from folio import batch, distributed, run_folder
+from folio import batch, distributed, metrics, run_folder
 
-RANK, FAULT = int(os.environ["RANK"]), os.environ.get("FAULT", "")
+FAULT = os.environ.get("FAULT", "")
 AT = int(os.environ.get("FAULT_AT", 7))  # the update at which it breaks, or the size of the disk
+
+
+def fork(n: int) -> None:
+    """Return in n processes, which find each other as those of torchrun do."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1"}
+    group |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": 0}
+    os.environ.update({name: str(value) for name, value in group.items()})
+    children = []
+    for rank in range(n):
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        child = os.fork()
+        if child == 0:
+            return
+        children.append(child)
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 
 
 def note(name: str, text: object) -> None:
@@ -53,9 +72,12 @@ def full_disk(out_dir, tensors, meta, values, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out_dir))
 
 
-HERE = Path.cwd()
+if "RANK" not in os.environ:
+    fork(int(sys.argv[1]))
+HERE, RANK = Path.cwd(), int(os.environ["RANK"])
 note("pid", os.getpid())
 train.get_batch = noted_windows
+metrics.plot_losses = lambda *_: None  # test_train.py has it; it takes a second
 if FAULT == "elsewhere" and RANK == 1:
     os.chdir("elsewhere")
 if FAULT == "full disk":
@@ -65,7 +87,7 @@ if FAULT == "small disk":
 if FAULT == "hang":
     distributed.TIMEOUT = timedelta(seconds=5)
 update, train.update = train.update, noted_update
-runs = " ".join(sys.argv[1:]).split(" and ")
+runs = " ".join(sys.argv[2:]).split(" and ")
 for words in runs:
     note("windows", "run")
     code = train.main(words.split())
