@@ -30,15 +30,15 @@ CONTEXT_BYTES = 1 << 8  # before an offset, in which the start of its character 
 
 @dataclass
 class Document:
-    """UTF-8 text that can be read again and again, in blocks that end between characters."""
+    """UTF-8 text that can be read again and again, in blocks; blocks(begin) starts at an offset."""
 
     source: str
-    blocks: Callable[[], Iterator[bytes]]
+    blocks: Callable[..., Iterator[bytes]]
 
     @staticmethod
     def of(data: bytes, source: str) -> "Document":
         """A document in memory."""
-        return Document(source, lambda: iter((data,)))
+        return Document(source, lambda begin=0: iter((data[begin:],)))
 
     def size(self) -> int:
         """Its length in bytes, for which all of it is read."""
@@ -54,7 +54,7 @@ class Document:
     def boundary(self, offset: int) -> int:
         """`offset`, moved back to the start of a character."""
         n_before = min(offset, CONTEXT_BYTES)
-        window = b"".join(_between(self.blocks(), offset - n_before, offset + 4))
+        window = b"".join(_until(n_before + 4, self.blocks(offset - n_before)))
         return offset - n_before + character_start(window, n_before)
 
     def pieces(self, begin: int = 0, end: int | None = None) -> "Iterator[Piece]":
@@ -64,7 +64,8 @@ class Document:
         is longer than TAIL_BYTES.
         """
         data, offset = bytearray(), begin
-        for block in itertools.chain(_between(self.blocks(), begin, end), (b"",)):
+        length = None if end is None else end - begin
+        for block in itertools.chain(_until(length, self.blocks(begin)), (b"",)):
             data += block
             start = 0
             while start < len(data) and (len(data) - start > PIECE_BYTES or not block):
@@ -92,20 +93,22 @@ class Piece(NamedTuple):
                 key=lambda i: len(unicodedata.normalize(form, self.text[: i + 1])),
             )
         n_chars, n_lines = index + 1, self.text.count("\n", 0, index) + 1
-        for block in _between(self.document.blocks(), 0, self.offset):
+        for block in _until(self.offset, self.document.blocks()):
             n_chars += len(block) - sum(map(block.count, CONTINUATIONS))
             n_lines += block.count(b"\n")
         return f"{self.document.source}, character {n_chars:,} (line {n_lines:,})"
 
 
-def _between(blocks: Iterator[bytes], begin: int, end: int | None) -> Iterator[bytes]:
-    """The bytes from `begin` to `end` of a stream of blocks."""
-    position = 0
+def _until(length: int | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The first bytes of a stream of blocks; None: all."""
     for block in blocks:
-        if end is not None and position >= end:
+        if length is None:
+            yield block
+        elif length > 0:
+            yield block[:length]
+            length -= len(block)
+        else:
             return
-        yield block[max(0, begin - position) : None if end is None else end - position]
-        position += len(block)
 
 
 def character_start(data: bytes, offset: int) -> int:
@@ -166,6 +169,7 @@ class Corpus:
     def __post_init__(self):
         """Find the files; raises UserError for an input that does not exist or is empty."""
         self._counted = set()  # the files whose notes are in `notes`
+        self._checked = {}  # files whose bytes are their text, with their notes
         self.position = 0.0  # how many bytes of its file have been read
         self.sources = [describe(word) for word in self.inputs]
         self.files = [found for word in self.inputs for found in find_files(word, self.downloads)]
@@ -227,20 +231,32 @@ class Corpus:
         except LookupError:
             raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
 
-    def _blocks(self, file: File) -> Iterator[bytes]:
-        """A file as UTF-8. What is noticed counts once, when the file was read to its end."""
-        counts = Counter()
-        how = self.encoding, self.errors, counts
-        for block, self.position in formats.utf8_blocks(file.path, file.name, *how):
-            counts["lines that end in CRLF"] += block.count(b"\r\n")
-            yield block
+    def _blocks(self, file: File, begin: int = 0) -> Iterator[bytes]:
+        """A file as UTF-8, from an offset in that on. What is noticed counts once, when the file
+        was read to its end."""
+        if file in self._checked:  # no need to decode it again
+            counts = self._checked[file]
+            with open(file.path, "rb") as stream:
+                stream.seek(begin)
+                while block := stream.read(formats.BLOCK_BYTES):
+                    self.position = stream.tell()
+                    yield block
+        else:
+            counts, n_bytes, how = Counter(), 0, (self.encoding, self.errors)
+            for block, self.position in formats.utf8_blocks(file.path, file.name, *how, counts):
+                counts["lines that end in CRLF"] += block.count(b"\r\n")
+                n_bytes += len(block)
+                if n_bytes > begin:
+                    yield block[max(0, begin - n_bytes + len(block)) :]
+            if n_bytes == file.size and formats.is_stored_as_utf8(file.path, self.encoding):
+                self._checked[file] = counts
         if file not in self._counted:
             self._counted.add(file)
             self.notes.update(counts)
 
     def _read_plain(self, file: File) -> Iterator[Document]:
         if not self.separator:
-            yield Document(file.name, lambda: self._blocks(file))
+            yield Document(file.name, lambda begin=0: self._blocks(file, begin))
             return
         separator, data, number = self.separator.encode(), b"", 0
         for block in itertools.chain(self._blocks(file), (None,)):

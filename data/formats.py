@@ -115,6 +115,15 @@ def is_binary(head: bytes, encoding: str) -> bool:
     return b"\0" in head and not head.startswith(tuple(BOMS))
 
 
+def is_stored_as_utf8(path: Path, encoding: str) -> bool:
+    """Whether a text file is neither compressed nor in another encoding."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    return codecs.lookup(encoding or "utf-8").name == "utf-8" and not head.startswith(
+        (*COMPRESSIONS, *BOMS)
+    )
+
+
 def decompressed(file: BinaryIO, path: Path, name: str) -> BinaryIO:
     """The content of a file that is open. Messages call it `name`."""
     head = file.read(8)

@@ -65,9 +65,10 @@ class Encoders:
         self._tok = tok
         self._pool = ThreadPoolExecutor(n_workers)
         self._processes = [_start() for _ in range(n_workers if in_processes else 0)]
+        self._new = set(self._processes)  # they have not got the tokenizer yet
         self._idle = queue.SimpleQueue()
         for process in self._processes:
-            self._idle.put((process, tok.meta()))
+            self._idle.put(process)
 
     def submit(self, batch: list[Text]) -> "Future[dict[str, np.ndarray]]":
         """The future ids of a batch. It raises OSError if a process was killed; UnknownText."""
@@ -76,10 +77,12 @@ class Encoders:
     def _encode(self, batch: list[Text]) -> dict[str, np.ndarray]:
         if not self._processes:
             return encode_batch(self._tok, batch)
-        process, *news = self._idle.get()
+        process = self._idle.get()
         try:
-            for message in (*news, batch):
-                pickle.dump(message, process.stdin, pickle.HIGHEST_PROTOCOL)
+            if process in self._new:
+                self._new.remove(process)
+                pickle.dump(self._tok.meta(), process.stdin, pickle.HIGHEST_PROTOCOL)
+            pickle.dump(batch, process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
             ids = pickle.load(process.stdout)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError):
@@ -87,7 +90,8 @@ class Encoders:
                 f"a worker process ended (exit code {process.wait()}): it was killed, perhaps for "
                 "lack of memory"
             ) from None
-        self._idle.put((process,))
+        finally:
+            self._idle.put(process)  # a dead one too, or a thread would wait for it
         return encode_batch(self._tok, batch) if ids is None else ids  # raises its error here
 
     def __enter__(self) -> "Encoders":
