@@ -40,7 +40,7 @@ class HubFile(NamedTuple):
         from huggingface_hub import hf_hub_download
 
         where = {"repo_type": "dataset", "revision": self.commit, "local_dir": self.folder}
-        with plain_errors(f"{self.repo}/{self.path}"):
+        with asking_for(f"{self.repo}/{self.path}"):
             return Path(hf_hub_download(self.repo, self.path, endpoint=endpoint(), **where))
 
 
@@ -57,8 +57,7 @@ def find(address: str, downloads: Path) -> list[HubFile]:
     repo, pattern = parts.groups()
     folder = re.match(r"(?:[^/*?\[]+/)*", pattern)[0].rstrip("/")
     api = HfApi(endpoint=endpoint())
-    with plain_errors(repo):
-        requests.head(endpoint(), timeout=TIMEOUT)  # fails fast; the library tries for long
+    with asking_for(repo):
         commit = api.dataset_info(repo).sha
         where = {"repo_type": "dataset", "revision": commit, "recursive": True}
         tree = list(api.list_repo_tree(repo, folder or None, **where))
@@ -78,11 +77,13 @@ def endpoint() -> str:
 
 
 @contextmanager
-def plain_errors(what: str) -> Iterator[None]:
-    """Turn the library's many errors into a UserError of one line: `what` cannot be downloaded."""
+def asking_for(what: str) -> Iterator[None]:
+    """A context in which the library's many errors become one: UserError, `what` cannot be
+    downloaded. It begins with a request that fails fast; offline the library tries for 20 s."""
     from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
     try:
+        requests.head(endpoint(), timeout=TIMEOUT)
         yield
     except requests.RequestException as error:
         reason = short_reason(error)
