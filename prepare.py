@@ -8,13 +8,19 @@
     python prepare.py --name mine --input https://example.org/a.txt docs.jsonl.gz --field body
     python prepare.py --name code --input pystdlib --tokenizer bpe --vocab_size 4096
     python prepare.py --name new --input new.txt --tokenizer out/mine     that of a run, to finetune
+    python prepare.py openwebtext           of the Hugging Face Hub; or fineweb_edu_10B
+    python prepare.py fineweb10B_gpt2       FineWeb as GPT-2's tokens, from the Hub
+    python prepare.py --name mine --input 'hf://datasets/OWNER/NAME/*.parquet'
+    python prepare.py --name mine --input 'shards/*.bin'       token files of llm.c
 
     text -> documents -> Tokenizer.encode -> data/<name>/{train.bin, val.bin, meta.json}
 
-A plain file is one document, and so is each line of JSON lines. With 100 documents or more, a hash
-of each document's text assigns it to a split, so that adding documents never moves others. With
-fewer, the last tenth of each document is validation text. A failure leaves nothing behind. An older
-data set of the same name is moved aside, not overwritten.
+A plain file is one document, and so is each line of JSON lines and each row of Parquet. With 100
+documents or more, a hash of each document's text assigns it to a split, so that adding documents
+never moves others. With fewer, the last tenth of each document is validation text.
+
+An older data set of the same name is moved aside, not overwritten. After a mistake in the input,
+nothing is left behind. If the process was stopped in any other way, the same command continues.
 """
 
 from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
@@ -53,7 +59,7 @@ TEXT_OPTIONS = {  # that mean nothing for an input of tokens
 
 @dataclass
 class PrepareConfig:
-    dataset: str = ""  # a recipe: shakespeare_char (the default), shakespeare or pydocs
+    dataset: str = ""  # a recipe, such as shakespeare_char, which is the default
     name: str = ""  # name of the folder in data_dir; empty: the recipe's
     data_dir: PathStr = "data"  # the parent folder of all data sets
 
@@ -62,8 +68,8 @@ class PrepareConfig:
     separator: str = ""  # text between the documents of a plain file, such as \n or <|endoftext|>
     encoding: str = ""  # of plain files; empty: by the byte-order mark, or UTF-8
     errors: Literal["strict", "replace"] = "strict"  # replace: bad bytes become U+FFFD
-    field: str = "text"  # field of JSON lines (.jsonl) with the text; a.b is b in a
-    skip_bad_lines: bool = False  # leave out JSON lines that cannot be used
+    field: str = "text"  # field of JSON lines or Parquet with the text; a.b is b in a
+    skip_bad_lines: bool = False  # leave out lines and rows that cannot be used
     val_input: PathStrs = ()  # separate validation text; input is then for training only
     val_fraction: Annotated[float, "(0, 1)"] = 0.1  # fraction of the text that is held out
 
@@ -72,7 +78,7 @@ class PrepareConfig:
     vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # vocabulary size of a bpe tokenizer
     extend_vocab: bool = False  # add the text's other characters to those of --tokenizer
     normalize: Literal["", "NFC", "NFKC"] = ""  # Unicode normalization of the text
-    workers: Annotated[int, "[0, 1024]"] = 0  # encoding threads; 0: one per core
+    workers: Annotated[int, "[0, 1024]"] = 0  # how many encode at a time; 0: one per core
 
 
 class Recipe(NamedTuple):
@@ -123,7 +129,9 @@ def main(argv: list[str]) -> None:
         n_bytes, encoded = source.n_bytes, source.read(tok, start)
     else:
         if "field" in given and not texts.has_fields:
-            raise UserError(f"--field={options.field} is for JSON lines, and the input has none")
+            raise UserError(
+                f"--field={options.field} is for JSON lines and Parquet, and the input has none"
+            )
         texts.look(progress and progress["cuts"])
         if progress:
             tok = tokenizer.load(progress["tokenizer"])

@@ -249,7 +249,8 @@ def _check_foreign(path: Path) -> None:
     problem, advice = "", "rebuild it from its text with prepare.py"
     if len(head) > 2 and int(head[:2].view("<i4")[0]) in LLM_C_MAGIC:
         problem = "starts with a header of 1,024 bytes, as llm.c writes"
-        advice = f"python prepare.py --name NAME --input {path} --val_input VAL.bin reads it"
+        train, val = (path.with_name(f"{name}.bin") for name in SPLITS)
+        advice = f"python prepare.py --name NAME --input {train} --val_input {val} reads them"
     elif size % 2:
         problem = "has an odd number of bytes"
     elif len(head) >= 64 and (head[1::2] == 0).mean() > 0.5:

@@ -1,7 +1,8 @@
 """Reads documents from files.
 
 A plain file is one document, or with a separator each of its parts is. Each line of JSON lines
-(.jsonl, .ndjson) is one. Files may be compressed (.gz, .bz2, .xz).
+(.jsonl, .ndjson) is one, and so is each row of a Parquet file. Files may be compressed (.gz, .bz2,
+.xz).
 """
 
 import bisect

@@ -61,11 +61,11 @@ class Texts:
         """
         start = start or {"file": 0, "pieces": 0, "before": {}}
         self._start_over(start["before"])
-        sizes = [file.size for file in self.files]
+        done = [0, *itertools.accumulate(file.size for file in self.files)]  # before each file
         with tqdm(
             desc="text",
-            total=sum(sizes) or None,
-            initial=sum(sizes[: start["file"]]),
+            total=done[-1] or None,
+            initial=done[start["file"]],
             unit="B",
             unit_scale=True,
             delay=1,
@@ -81,8 +81,8 @@ class Texts:
                     if self._file > start["file"] or self._n_pieces > start["pieces"]:
                         yield split, follows, piece
                     follows = is_empty = False
-                    done = sum(sizes[: self._file]) + self._corpora[self._file].position
-                    bar.update(max(0, done - bar.n))
+                    position = done[self._file] + self._corpora[self._file].position
+                    bar.update(max(0, position - bar.n))  # validation text may be read later
                 count["documents"] += not is_empty
 
     def position(self) -> dict:

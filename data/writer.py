@@ -43,7 +43,7 @@ class Writer:
         progress: dict | None = None,
     ):
         check_target(folder)
-        self.folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
+        self.folder = _target(folder)
         self.vocab_size = vocab_size
         self.dtype = dtype_of(vocab_size)
         self.n_tokens = dict.fromkeys(SPLITS, 0)
@@ -59,6 +59,11 @@ class Writer:
             self._partial = self.folder.parent / name
         self._files, self._lock = {}, filelock.FileLock(self._partial / LOCK, timeout=0)
         self._digests = {name: hashlib.sha256() for name in SPLITS}
+        for other in _unfinished(self.folder):
+            if other != self._partial:
+                if _progress_in(other):
+                    print(f"an unfinished {self.folder} of another command or input is removed")
+                shutil.rmtree(other, ignore_errors=True)
         try:
             self._partial.mkdir(parents=True, exist_ok=self._progress is not None)
             self._lock.acquire()
@@ -154,24 +159,32 @@ class Writer:
         self._lock.release()
         if self._progress is None or isinstance(error, UserError):
             shutil.rmtree(self._partial, ignore_errors=True)
+        else:
+            done = self._progress["position"]["bytes"] / 1e6
+            print(f"{self.folder} is unfinished: the same command continues after {done:,.1f} MB")
 
 
 def find_unfinished(folder: Path, command: str) -> dict | None:
-    """The progress of an interrupted process that did the same, as `command` describes it; else
-    None. What other interrupted processes left of this data set is removed."""
-    folder, found = folder.resolve() if folder.is_symlink() else folder, None
+    """The progress of an interrupted process that did the same, as `command` describes it."""
+    for partial in _unfinished(_target(folder)):
+        progress = _progress_in(partial)
+        if progress.get("command") == command:
+            return progress
+    return None
+
+
+def _target(folder: Path) -> Path:
+    """The folder that is written: of a link, which stays, what it points to."""
+    return folder.resolve() if folder.is_symlink() else folder
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What interrupted processes left of this data set: folders with our lock, which nobody has."""
+    found = []
     for partial in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.partial")):
-        if not (partial / LOCK).is_file():
-            continue
-        with suppress(OSError, filelock.Timeout):  # a process is writing it
-            with filelock.FileLock(partial / LOCK, timeout=0):
-                progress = _progress_in(partial)
-            if found is None and progress.get("command") == command:
-                found = progress
-                continue
-            if progress:
-                print(f"an unfinished {folder} of another command or input is removed")
-            shutil.rmtree(partial)
+        if (partial / LOCK).is_file():
+            with suppress(OSError, filelock.Timeout), filelock.FileLock(partial / LOCK, timeout=0):
+                found.append(partial)
     return found
 
 
