@@ -35,13 +35,16 @@ class HubFile(NamedTuple):
     size: int
     folder: Path  # where the repository's files are stored
 
-    def fetch(self) -> Path:
-        """Download it, unless it is there; raises UserError."""
+    def fetch(self) -> None:
+        """Download it, unless it is there. Raises OSError, not UserError: trying again may help."""
         from huggingface_hub import hf_hub_download
 
         where = {"repo_type": "dataset", "revision": self.commit, "local_dir": self.folder}
-        with asking_for(f"{self.repo}/{self.path}"):
-            return Path(hf_hub_download(self.repo, self.path, endpoint=endpoint(), **where))
+        try:
+            with asking_for(f"{self.repo}/{self.path}"):
+                hf_hub_download(self.repo, self.path, endpoint=endpoint(), **where)
+        except UserError as error:
+            raise OSError(str(error)) from None
 
 
 def find(address: str, downloads: Path) -> list[HubFile]:

@@ -4,6 +4,7 @@ A shard has a header of 256 int32 (magic, version, number of tokens, zeros), the
 tokenizer as uint16; each document begins with end-of-text.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 
@@ -65,8 +66,8 @@ class Shards:
     ) -> Iterator[tuple[dict[str, np.ndarray], dict]]:
         """Yield ({split: ids (n,)}, position) from a position on."""
         start = start or {"file": 0, "tokens": 0, "counts": self.counts}
-        self.counts = start["counts"]
-        lengths = token_lengths(tok)
+        self.counts = copy.deepcopy(start["counts"])
+        lengths = _token_lengths(tok)
         done = sum(file.size for file in self.files[: start["file"]]) + 2 * start["tokens"]
         with tqdm(
             desc="tokens",
@@ -89,16 +90,17 @@ class Shards:
                     count = self.counts[split]
                     count["documents"] += int((ids == tok.end_of_text).sum())
                     count["bytes"] += int(lengths[ids].sum())
-                    position = {"file": i, "tokens": at + len(ids), "counts": self._copy()}
+                    position = {
+                        "file": i,
+                        "tokens": at + len(ids),
+                        "counts": copy.deepcopy(self.counts),
+                    }
                     position["bytes"] = sum(c["bytes"] for c in self.counts.values())
                     yield {split: ids}, position
                     bar.update(ids.nbytes)
 
-    def _copy(self) -> dict[str, dict]:
-        return {split: dict(count) for split, count in self.counts.items()}
 
-
-def token_lengths(tok: Tokenizer) -> np.ndarray:
+def _token_lengths(tok: Tokenizer) -> np.ndarray:
     """The number of bytes of text of each token (vocab_size,); of end-of-text 0."""
     lengths = np.array([len(tok.decode_bytes([i])) for i in range(tok.vocab_size)])
     lengths[tok.end_of_text] = 0

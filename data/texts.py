@@ -1,5 +1,6 @@
 """The documents of a data set, each assigned to a split, or divided among both."""
 
+import copy
 import itertools
 from collections.abc import Iterator
 
@@ -59,7 +60,7 @@ class Texts:
         position is read again from its beginning, without yielding what is before the position.
         Afterwards `counts` and `notes` are complete.
         """
-        start = start or {"file": 0, "pieces": 0, "before": {}}
+        start = start or {"file": 0, "pieces": 0, "before": None}
         self._start_over(start["before"])
         done = [0, *itertools.accumulate(file.size for file in self.files)]  # before each file
         with tqdm(
@@ -76,7 +77,7 @@ class Texts:
                 follows, is_empty = count["documents"] > 0, True
                 for piece in document.pieces(begin, end):
                     self._n_pieces += 1
-                    self._n_end_of_text += piece.text.count(END_OF_TEXT)
+                    self._counted["end_of_text"] += piece.text.count(END_OF_TEXT)
                     count["bytes"] += piece.n_bytes
                     if self._file > start["file"] or self._n_pieces > start["pieces"]:
                         yield split, follows, piece
@@ -100,41 +101,42 @@ class Texts:
             self._file, self._n_pieces, self._before = i, 0, self._state()
             corpus = self._corpora[i]
             for document in corpus.read(self.files[i]):
-                self._n_documents += 1
+                number, digests = self._counted["documents"], self._counted["digests"]
+                self._counted["documents"] += 1
                 if self.val_files:
                     yield "train" if corpus is self._corpus else "val", document, 0, None
                 elif len(self.cuts) >= MANY_DOCUMENTS:
                     digest = document.digest()[:8]
-                    if len(self._digests) < 2 and digest.hex() not in self._digests:
-                        self._digests.append(digest.hex())
+                    if len(digests) < 2 and digest.hex() not in digests:
+                        digests.append(digest.hex())
                     u = int.from_bytes(digest, "big") / 2**64
                     yield "val" if u < self._val_fraction else "train", document, 0, None
                 else:
-                    cut = self.cuts[self._n_documents - 1]
+                    cut = self.cuts[number]
                     yield "train", document, 0, cut
                     yield "val", document, cut, None
 
     def _state(self) -> dict:
         """What was counted so far, to be stored as JSON."""
-        return {
-            "counts": {split: dict(count) for split, count in self.counts.items()},
-            "documents": self._n_documents,
-            "digests": list(self._digests),
-            "end_of_text": self._n_end_of_text,
-            "notes": [dict(self._corpus.notes), dict(self._val_corpus.notes)],
-        }
+        notes = [dict(self._corpus.notes), dict(self._val_corpus.notes)]
+        return copy.deepcopy(self._counted) | {"notes": notes}
 
     def _start_over(self, state: dict | None = None) -> None:
-        state = state or {}
-        empty = {split: {"documents": 0, "bytes": 0} for split in bins.SPLITS}
-        counts = state.get("counts", empty)
-        self.counts: dict[str, dict] = {split: dict(count) for split, count in counts.items()}
-        self._n_documents = state.get("documents", 0)
-        self._digests = list(state.get("digests", ()))  # of two different documents
-        self._n_end_of_text = state.get("end_of_text", 0)
-        notes = state.get("notes", ({}, {}))
+        """Count on from a _state()."""
+        self._counted = copy.deepcopy(state) or {
+            "splits": {split: {"documents": 0, "bytes": 0} for split in bins.SPLITS},
+            "documents": 0,
+            "digests": [],  # of two different documents
+            "end_of_text": 0,
+        }
+        notes = self._counted.pop("notes", ({}, {}))
         for corpus, found in zip((self._corpus, self._val_corpus), notes, strict=True):
             corpus.forget(found)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """The numbers of documents and bytes of each split."""
+        return self._counted["splits"]
 
     @property
     def has_fields(self) -> bool:
@@ -144,9 +146,9 @@ class Texts:
     def notes(self) -> dict[str, int]:
         """What was noticed in the text, and how often."""
         notes = self._corpus.notes + self._val_corpus.notes
-        if self._n_end_of_text:
+        if n_end_of_text := self._counted["end_of_text"]:
             advice = f"--separator='{END_OF_TEXT}' makes it the end of a document"
-            notes[f"{END_OF_TEXT} is in the text, as text; {advice}"] = self._n_end_of_text
+            notes[f"{END_OF_TEXT} is in the text, as text; {advice}"] = n_end_of_text
         return {what: count for what, count in notes.items() if count}
 
     def check(self) -> None:
@@ -154,7 +156,7 @@ class Texts:
         for split, count in self.counts.items():
             if not count["documents"]:
                 n_bytes = sum(count["bytes"] for count in self.counts.values())
-                if len(self._digests) == 1:
+                if len(self._counted["digests"]) == 1:
                     raise UserError(
                         f"{', '.join(self.sources)}: all documents are the same, so that all are "
                         "in one split; remove the copies, or use --val_input"

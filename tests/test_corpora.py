@@ -5,6 +5,7 @@ A server on this machine plays the Hub.
 
 import hashlib
 import json
+import os
 import re
 import sys
 import threading
@@ -165,6 +166,32 @@ def test_a_stopped_download_goes_on_where_it_was(server, monkeypatch, capsys):
     assert "continuing after" in capsys.readouterr().out
     assert server.fetched == names, "and none twice"
     assert documents_of(dataset) == sorted(DOCUMENTS)
+
+
+@needs_gpt2_vocabulary
+def test_a_lost_connection_does_not_lose_the_work(server, monkeypatch, capsys):
+    names = [f"{i:03}.jsonl" for i in range(3)]
+    server.files |= {name: json_lines(DOCUMENTS[i::3]) for i, name in enumerate(names)}
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 1000)
+    argv = ["--input=hf://datasets/some/texts/*.jsonl", "--tokenizer=gpt2", "--workers=1"]
+    fetch = hub.HubFile.fetch
+
+    def lost(self):
+        if self.path == names[2]:
+            monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        return fetch(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub.HubFile, "fetch", lost)
+        address = os.environ["HF_ENDPOINT"]
+        assert prepare.main(["--name=mine", *argv]) == 1
+    out, err = capsys.readouterr()
+    assert "cannot download some/texts/002.jsonl from http://127.0.0.1:9 (no connection)" in err
+    assert "data/mine is unfinished: the same command continues after" in out
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert documents_of(build(*argv)) == sorted(DOCUMENTS)
+    assert server.fetched == names, "and none twice"
 
 
 def test_what_is_wrong_with_an_address(server, capsys, monkeypatch):

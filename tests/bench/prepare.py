@@ -185,15 +185,11 @@ def compare(folder: Path, n_bytes: float, rounds: int) -> None:
 
 
 def large(folder: Path) -> None:
-    lines, one, size = write(folder, 2e9)
-    for source in (lines, one):
-        argv = ["--name=large", f"--data_dir={folder}", f"--input={source}", "--tokenizer=gpt2"]
-        seconds, peaks, output = run(str(ROOT / "prepare.py"), *argv, limit=LIMIT)
-        print(output)
-        print(f"{source.name}: {size / 1e6:.0f} MB, {size / seconds / 1e6:.1f} MB/s")
-        print(
-            "peak MiB of parent, worker, sum: " + ", ".join(f"{p:.0f}" for p in peaks), flush=True
-        )
+    lines, _, size = write(folder, 2e9)
+    argv = ["--name=large", f"--data_dir={folder}", f"--input={lines}", "--tokenizer=gpt2"]
+    seconds, peaks, output = run(str(ROOT / "prepare.py"), *argv, limit=LIMIT)
+    print(f"{output}\n{size / 1e6:.0f} MB of text, {size / seconds / 1e6:.1f} MB/s")
+    print("peak MiB of parent, worker, sum: " + ", ".join(f"{peak:.0f}" for peak in peaks))
 
 
 def main() -> None:
