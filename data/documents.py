@@ -249,7 +249,8 @@ class Corpus:
                 n_bytes += len(block)
                 if n_bytes > begin:
                     yield block[max(0, begin - n_bytes + len(block)) :]
-            if n_bytes == file.size and formats.is_stored_as_utf8(file.path, self.encoding):
+            unchanged = counts.total() == counts["lines that end in CRLF"]
+            if unchanged and formats.is_stored_as_utf8(file.path, self.encoding):
                 self._checked[file] = counts
         if file not in self._counted:
             self._counted.add(file)
