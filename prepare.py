@@ -102,21 +102,13 @@ def main(argv: list[str]) -> None:
     options = build_options(PrepareConfig, given)
     started = time.perf_counter()
     name, recipe = find_recipe(options)
-    folder, inputs = Path(options.data_dir) / name, options.input or recipe.input
+    folder = Path(options.data_dir) / name
     kind = options.tokenizer or recipe.tokenizer
     check_tokenizer(kind, given)
     if options.val_input and "val_fraction" in given:
         raise UserError("--val_fraction cannot be combined with --val_input")
     check_target(folder)
-    try:
-        texts = open_texts(options, inputs)
-    except UserError as error:
-        if SHAKESPEARE not in inputs:
-            raise
-        raise UserError(
-            f"{error}; if you have the file: python prepare.py {name} --input FILE; without a "
-            "network: python prepare.py pydocs"
-        ) from None
+    texts = open_texts(options, name, options.input or recipe.input)
     if kind not in tokenizer.KINDS:
         kind = load_tokenizer(kind)
     command = describe_command(options, kind, texts)
@@ -126,7 +118,7 @@ def main(argv: list[str]) -> None:
         print(f"continuing after {start['bytes'] / 1e6:,.1f} MB of text")
     if are_shards(texts.files):
         source, tok = open_shards(texts, given), tokenizer.load({"kind": "gpt2"})
-        n_bytes, encoded = source.n_bytes, source.read(tok, start)
+        n_bytes, encoded = source.n_left(start), source.read(tok, start)
     else:
         if "field" in given and not texts.has_fields:
             raise UserError(
@@ -183,12 +175,20 @@ def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
 # ---- input -> documents -------------------------------------------------------------------------
 
 
-def open_texts(options: PrepareConfig, inputs: tuple[str, ...]) -> Texts:
-    """Find the files of the inputs; nothing is read yet."""
+def open_texts(options: PrepareConfig, name: str, inputs: tuple[str, ...]) -> Texts:
+    """Find the files of the inputs, and download URLs; else nothing is read yet."""
     how = {name: getattr(options, name) for name in ("field", "encoding", "errors")}
     how |= {"skip_bad_lines": options.skip_bad_lines, "separator": unescape(options.separator)}
     how["downloads"] = Path(options.data_dir) / ".downloads"
-    return Texts(inputs, options.val_input, options.val_fraction, **how)
+    try:
+        return Texts(inputs, options.val_input, options.val_fraction, **how)
+    except UserError as error:
+        if SHAKESPEARE not in inputs:
+            raise
+        raise UserError(
+            f"{error}; if you have the file: python prepare.py {name} --input FILE; without a "
+            "network: python prepare.py pydocs"
+        ) from None
 
 
 def open_shards(texts: Texts, given: dict) -> Shards:

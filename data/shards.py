@@ -56,23 +56,23 @@ class Shards:
                 _n_tokens(file)
         self.counts = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
 
-    @property
-    def n_bytes(self) -> int:
-        """The size of all tokens."""
-        return sum(file.size for file in self.files)
+    def n_left(self, start: dict | None) -> int:
+        """About how many bytes of tokens there are from a position on."""
+        left = sum(file.size for file in self.files[start["file"] if start else 0 :])
+        return left - (2 * start["tokens"] if start else 0)
 
     def read(
         self, tok: Tokenizer, start: dict | None = None
     ) -> Iterator[tuple[dict[str, np.ndarray], dict]]:
         """Yield ({split: ids (n,)}, position) from a position on."""
+        n_bytes, n_left = self.n_left(None), self.n_left(start)
         start = start or {"file": 0, "tokens": 0, "counts": self.counts}
         self.counts = copy.deepcopy(start["counts"])
         lengths = _token_lengths(tok)
-        done = sum(file.size for file in self.files[: start["file"]]) + 2 * start["tokens"]
         with tqdm(
             desc="tokens",
-            total=self.n_bytes,
-            initial=done,
+            total=n_bytes,
+            initial=n_bytes - n_left,
             unit="B",
             unit_scale=True,
             delay=1,
