@@ -177,8 +177,8 @@ def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
 
 def open_texts(options: PrepareConfig, name: str, inputs: tuple[str, ...]) -> Texts:
     """Find the files of the inputs, and download URLs; else nothing is read yet."""
-    how = {name: getattr(options, name) for name in ("field", "encoding", "errors")}
-    how |= {"skip_bad_lines": options.skip_bad_lines, "separator": unescape(options.separator)}
+    how = {key: getattr(options, key) for key in ("field", "encoding", "errors", "skip_bad_lines")}
+    how["separator"] = unescape(options.separator)
     how["downloads"] = Path(options.data_dir) / ".downloads"
     try:
         return Texts(inputs, options.val_input, options.val_fraction, **how)
@@ -206,7 +206,7 @@ def describe_command(options: PrepareConfig, kind: Tokenizer | str, texts: Texts
     files = [(file.name, file.size, file.version) for file in texts.files]
     tok = kind if isinstance(kind, str) else kind.meta()
     content = json.dumps([POSITIONS, PIECE_BYTES, chosen, texts.sources, files, tok])
-    return hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def bytes_needed(tok: Tokenizer, texts: Texts, progress: dict | None) -> float:
