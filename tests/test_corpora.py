@@ -9,6 +9,8 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -104,6 +106,25 @@ def documents_of(dataset: bins.Dataset) -> list[str]:
     return sorted(text for part in texts for text in part.split(tokenizer.END_OF_TEXT))
 
 
+@contextmanager
+def before_fetching(path: str, act: Callable[[], None]) -> Iterator[None]:
+    """Call act() before that file of the Hub is downloaded."""
+    fetch = hub.HubFile.fetch
+
+    def hooked(self):
+        if self.path == path:
+            act()
+        return fetch(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub.HubFile, "fetch", hooked)
+        yield
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def fails(capsys, *argv: str) -> str:
     """Run a command that fails; the one line that it prints."""
     capsys.readouterr()
@@ -151,15 +172,7 @@ def test_a_stopped_download_goes_on_where_it_was(server, monkeypatch, capsys):
     monkeypatch.setattr(writer, "SAVE_SECONDS", 0)
     monkeypatch.setattr(prepare, "PIECE_BYTES", 1000)
     argv = ["--input=hf://datasets/some/texts/*.jsonl", "--tokenizer=gpt2", "--workers=1"]
-    fetch = hub.HubFile.fetch
-
-    def stop(self):
-        if self.path == "003.jsonl":
-            raise KeyboardInterrupt
-        return fetch(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hub.HubFile, "fetch", stop)
+    with before_fetching("003.jsonl", interrupt):
         assert prepare.main(["--name=mine", *argv]) == 130
     assert server.fetched == names[:3]
     dataset = build(*argv)
@@ -175,16 +188,8 @@ def test_a_lost_connection_does_not_lose_the_work(server, monkeypatch, capsys):
     monkeypatch.setattr(writer, "SAVE_SECONDS", 0)
     monkeypatch.setattr(prepare, "PIECE_BYTES", 1000)
     argv = ["--input=hf://datasets/some/texts/*.jsonl", "--tokenizer=gpt2", "--workers=1"]
-    fetch = hub.HubFile.fetch
-
-    def lost(self):
-        if self.path == names[2]:
-            monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-        return fetch(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hub.HubFile, "fetch", lost)
-        address = os.environ["HF_ENDPOINT"]
+    address = os.environ["HF_ENDPOINT"]
+    with before_fetching(names[2], lambda: monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")):
         assert prepare.main(["--name=mine", *argv]) == 1
     out, err = capsys.readouterr()
     assert "cannot download some/texts/002.jsonl from http://127.0.0.1:9 (no connection)" in err
@@ -294,15 +299,8 @@ def test_token_files_of_the_hub_and_a_stop(server, monkeypatch, capsys):
     server.files |= {name: shard(ids) for name, ids in zip(names, parts, strict=True)}
     monkeypatch.setattr("data.shards.BLOCK_TOKENS", 100)
     monkeypatch.setattr(writer, "SAVE_SECONDS", 0)
-    fetch, argv = hub.HubFile.fetch, ["--input=hf://datasets/some/texts/*.bin"]
-
-    def stop(self):
-        if self.path == names[1]:
-            raise KeyboardInterrupt
-        return fetch(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hub.HubFile, "fetch", stop)
+    argv = ["--input=hf://datasets/some/texts/*.bin"]
+    with before_fetching(names[1], interrupt):
         assert prepare.main(["--name=mine", *argv]) == 130
     dataset = build(*argv)
     assert "continuing after" in capsys.readouterr().out
