@@ -6,15 +6,15 @@ is a plain `python` with two pipes: it imports nothing but data/, needs no main 
 again, and ends when the pipe from here is closed, however this process ended.
 """
 
+import json
 import os
-import pickle
 import queue
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -81,11 +81,10 @@ class Encoders:
         try:
             if process in self._new:
                 self._new.remove(process)
-                pickle.dump(self._tok.meta(), process.stdin, pickle.HIGHEST_PROTOCOL)
-            pickle.dump(batch, process.stdin, pickle.HIGHEST_PROTOCOL)
-            process.stdin.flush()
-            ids = pickle.load(process.stdout)
-        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+                _write_json(process.stdin, self._tok.meta())
+            _write_json(process.stdin, batch)
+            ids = _read_ids(process.stdout, dtype_of(self._tok.vocab_size))
+        except (EOFError, OSError):
             raise OSError(
                 f"a worker process ended (exit code {process.wait()}): it was killed, perhaps for "
                 "lack of memory"
@@ -119,19 +118,49 @@ def _start() -> subprocess.Popen:
 
 
 def serve() -> None:
-    """Answer each batch on standard input with its ids, or with None if there is an error."""
+    """Answer each batch on standard input with its ids, or with null if there is an error."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     with suppress(EOFError, BrokenPipeError):  # the process that asks has ended
-        tok = tokenizer.load(pickle.load(requests))
+        tok = tokenizer.load(_read_json(requests))
         while True:
-            batch = pickle.load(requests)
+            batch = [Text(*text) for text in _read_json(requests)]
             try:
                 ids = encode_batch(tok, batch)
             except Exception:
                 ids = None
-            pickle.dump(ids, answers, pickle.HIGHEST_PROTOCOL)
-            answers.flush()
+            _write_ids(answers, ids)
+
+
+def _write_json(pipe: BinaryIO, message: object) -> None:
+    """Send a message, as one line of JSON."""
+    pipe.write(json.dumps(message, ensure_ascii=False).encode() + b"\n")
+    pipe.flush()
+
+
+def _read_json(pipe: BinaryIO) -> Any:
+    line = pipe.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return json.loads(line)
+
+
+def _write_ids(pipe: BinaryIO, ids: dict[str, np.ndarray] | None) -> None:
+    """Send ids: the number of each split's as a line of JSON, then the ids; or null."""
+    _write_json(pipe, ids and {split: len(part) for split, part in ids.items()})
+    for part in (ids or {}).values():
+        pipe.write(part.tobytes())
+    pipe.flush()
+
+
+def _read_ids(pipe: BinaryIO, dtype: np.dtype) -> dict[str, np.ndarray] | None:
+    lengths, ids = _read_json(pipe), {}
+    for split, length in (lengths or {}).items():
+        data = pipe.read(length * dtype.itemsize)
+        if len(data) < length * dtype.itemsize:
+            raise EOFError
+        ids[split] = np.frombuffer(data, dtype)
+    return ids or None
 
 
 def available_cores() -> int:
