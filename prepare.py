@@ -8,42 +8,58 @@
     python prepare.py --name mine --input https://example.org/a.txt docs.jsonl.gz --field body
     python prepare.py --name code --input pystdlib --tokenizer bpe --vocab_size 4096
     python prepare.py --name new --input new.txt --tokenizer out/mine     that of a run, to finetune
+    python prepare.py openwebtext           of the Hugging Face Hub; or fineweb_edu_10B
+    python prepare.py fineweb10B_gpt2       FineWeb as GPT-2's tokens, from the Hub
+    python prepare.py --name mine --input 'hf://datasets/OWNER/NAME/*.parquet'
+    python prepare.py --name mine --input 'shards/*.bin'       token files of llm.c
 
     text -> documents -> Tokenizer.encode -> data/<name>/{train.bin, val.bin, meta.json}
 
-A plain file is one document, and so is each line of JSON lines. With 100 documents or more, a hash
-of each document's text assigns it to a split, so that adding documents never moves others. With
-fewer, the last tenth of each document is validation text. A failure leaves nothing behind. An older
-data set of the same name is moved aside, not overwritten.
+A plain file is one document, and so is each line of JSON lines and each row of Parquet. With 100
+documents or more, a hash of each document's text assigns it to a split, so that adding documents
+never moves others. With fewer, the last tenth of each document is validation text.
+
+An older data set of the same name is moved aside, not overwritten. After a mistake in the input,
+nothing is left behind. If the process was stopped in any other way, the same command continues.
 """
 
 from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
-import itertools
-import os
+import hashlib
+import json
 import re
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from data import bins, tokenizer
-from data.documents import PIECE_BYTES, SHAKESPEARE, Corpus, Document, Piece
+from data import bins, hub, tokenizer
+from data.documents import PIECE_BYTES, Piece
 from data.errors import UserError
-from data.tokenizer import END_OF_TEXT, Tokenizer, UnknownCharacters
+from data.files import SHAKESPEARE, drop
+from data.shards import Shards, are_shards
+from data.texts import Texts
+from data.tokenizer import Tokenizer
+from data.workers import Encoders, Text, UnknownText, available_cores
+from data.writer import Writer, check_space, check_target, find_unfinished
 from folio.options import PathStr, PathStrs, build_options, read_options, unescape
 
-MANY_DOCUMENTS = 100  # from this many on, whole documents are held out
+LARGE_BYTES = 32e6  # from this much text on, starting worker processes pays off
+POSITIONS = 1  # the version of what a position in the input means
+TEXT_OPTIONS = {  # that mean nothing for an input of tokens
+    "separator", "encoding", "errors", "field", "skip_bad_lines", "val_fraction",
+    "tokenizer", "vocab_size", "extend_vocab", "normalize",
+}  # fmt: skip
 
 
 @dataclass
 class PrepareConfig:
-    dataset: str = ""  # a recipe: shakespeare_char (the default), shakespeare or pydocs
+    dataset: str = ""  # a recipe, such as shakespeare_char, which is the default
     name: str = ""  # name of the folder in data_dir; empty: the recipe's
     data_dir: PathStr = "data"  # the parent folder of all data sets
 
@@ -52,8 +68,8 @@ class PrepareConfig:
     separator: str = ""  # text between the documents of a plain file, such as \n or <|endoftext|>
     encoding: str = ""  # of plain files; empty: by the byte-order mark, or UTF-8
     errors: Literal["strict", "replace"] = "strict"  # replace: bad bytes become U+FFFD
-    field: str = "text"  # field of JSON lines (.jsonl) with the text; a.b is b in a
-    skip_bad_lines: bool = False  # leave out JSON lines that cannot be used
+    field: str = "text"  # field of JSON lines or Parquet with the text; a.b is b in a
+    skip_bad_lines: bool = False  # leave out lines and rows that cannot be used
     val_input: PathStrs = ()  # separate validation text; input is then for training only
     val_fraction: Annotated[float, "(0, 1)"] = 0.1  # fraction of the text that is held out
 
@@ -62,7 +78,7 @@ class PrepareConfig:
     vocab_size: Annotated[int, "[257, 1e6]"] = 4096  # vocabulary size of a bpe tokenizer
     extend_vocab: bool = False  # add the text's other characters to those of --tokenizer
     normalize: Literal["", "NFC", "NFKC"] = ""  # Unicode normalization of the text
-    workers: Annotated[int, "[0, 1024]"] = 0  # encoding threads; 0: one per core
+    workers: Annotated[int, "[0, 1024]"] = 0  # how many encode at a time; 0: one per core
 
 
 class Recipe(NamedTuple):
@@ -76,6 +92,7 @@ RECIPES = {
     "shakespeare_char": Recipe("char", (SHAKESPEARE,)),
     "shakespeare": Recipe("gpt2", (SHAKESPEARE,)),
     "pydocs": Recipe("char", ("pydocs",)),
+    **{name: Recipe("gpt2", (address,)) for name, (address, _) in hub.DATA_SETS.items()},
 }
 
 
@@ -85,29 +102,46 @@ def main(argv: list[str]) -> None:
     options = build_options(PrepareConfig, given)
     started = time.perf_counter()
     name, recipe = find_recipe(options)
+    folder = Path(options.data_dir) / name
     kind = options.tokenizer or recipe.tokenizer
     check_tokenizer(kind, given)
     if options.val_input and "val_fraction" in given:
         raise UserError("--val_fraction cannot be combined with --val_input")
-    bins.check_target(Path(options.data_dir) / name)
-    try:
-        texts = Texts(options, options.input or recipe.input)
-    except UserError as error:
-        if SHAKESPEARE not in (options.input or recipe.input):
-            raise
-        raise UserError(
-            f"{error}; if you have the file: python prepare.py {name} --input FILE; without a "
-            "network: python prepare.py pydocs"
-        ) from None
-    if "field" in given and not texts.has_json_lines:
-        raise UserError(f"--field={options.field} is for JSON lines, and the input has none")
-    tok = make_tokenizer(kind, options, texts)
-    workers = options.workers or os.cpu_count() or 1
-    with bins.Writer(Path(options.data_dir) / name, tok.vocab_size) as writer:
-        for split, ids in encode(tok, texts, workers):
-            writer.add(split, ids)
-        texts.check()
-        meta = writer.finish(texts.counts, tok.meta(), texts.sources)
+    check_target(folder)
+    texts = open_texts(options, name, options.input or recipe.input)
+    if kind not in tokenizer.KINDS:
+        kind = load_tokenizer(kind)
+    command = describe_command(options, kind, texts)
+    progress = find_unfinished(folder, command)
+    start = progress and progress["position"]
+    if start:
+        print(f"continuing after {start['bytes'] / 1e6:,.1f} MB of text")
+    if are_shards(texts.files):
+        source, tok = open_shards(texts, given), tokenizer.load({"kind": "gpt2"})
+        n_bytes, encoded = source.n_left(start), source.read(tok, start)
+    else:
+        if "field" in given and not texts.has_fields:
+            raise UserError(
+                f"--field={options.field} is for JSON lines and Parquet, and the input has none"
+            )
+        texts.look(progress and progress["cuts"])
+        if progress:
+            tok = tokenizer.load(progress["tokenizer"])
+        else:
+            tok = make_tokenizer(kind, options, texts)
+        source, n_bytes = texts, bytes_needed(tok, texts, progress)
+        encoded = encode(tok, texts, options.workers or available_cores(), start)
+    largest = max((file.size for file in source.files if file.hub), default=0)
+    check_space(folder, n_bytes + largest)
+    keep = {"command": command, "tokenizer": tok.meta(), "cuts": texts.cuts}
+    with Writer(folder, tok.vocab_size, keep, progress) as writer, closing(encoded):
+        for ids, position in encoded:
+            for split, part in ids.items():
+                writer.add(split, part)
+            if writer.save(position):
+                drop(source.files[: position["file"]])
+        meta = writer.finish(source.counts, tok.meta(), source.sources)
+    drop(source.files)
     print_table(writer.folder, meta, texts.notes, time.perf_counter() - started)
 
 
@@ -138,98 +172,54 @@ def find_recipe(options: PrepareConfig) -> tuple[str, Recipe]:
     return name, recipe
 
 
-# ---- text -> documents --------------------------------------------------------------------------
+# ---- input -> documents -------------------------------------------------------------------------
 
 
-class Texts:
-    """The documents of a data set, each assigned to a split, or divided among both."""
+def open_texts(options: PrepareConfig, name: str, inputs: tuple[str, ...]) -> Texts:
+    """Find the files of the inputs, and download URLs; else nothing is read yet."""
+    how = {key: getattr(options, key) for key in ("field", "encoding", "errors", "skip_bad_lines")}
+    how["separator"] = unescape(options.separator)
+    how["downloads"] = Path(options.data_dir) / ".downloads"
+    try:
+        return Texts(inputs, options.val_input, options.val_fraction, **how)
+    except UserError as error:
+        if SHAKESPEARE not in inputs:
+            raise
+        raise UserError(
+            f"{error}; if you have the file: python prepare.py {name} --input FILE; without a "
+            "network: python prepare.py pydocs"
+        ) from None
 
-    def __init__(self, options: PrepareConfig, inputs: tuple[str, ...]):
-        how = {name: getattr(options, name) for name in ("field", "encoding", "errors")}
-        how |= {"skip_bad_lines": options.skip_bad_lines, "separator": unescape(options.separator)}
-        how["downloads"] = Path(options.data_dir) / ".downloads"
-        self._val_fraction = options.val_fraction
-        self._corpus, self._val_corpus = (Corpus(i, **how) for i in (inputs, options.val_input))
-        self.sources = self._corpus.sources + self._val_corpus.sources
-        self._cuts, n_bytes = [], 0  # where the validation text of a document begins, if few
-        for document in itertools.islice(self._corpus, MANY_DOCUMENTS):
-            size = document.size()
-            self._cuts.append(document.boundary(int(size * (1 - self._val_fraction))))
-            n_bytes += size
-        if not n_bytes:
-            notes = "".join(f"; {what}: {n}" for what, n in self._corpus.notes.items())
-            raise UserError(f"{', '.join(inputs)}: no text found{notes}")
-        self.counts: dict[str, dict] = {}
-        self._digests = set()
 
-    def __iter__(self) -> Iterator[tuple[str, bool, Piece]]:
-        """Yield all text in order, as (split, follows, piece), and fill `counts`.
+def open_shards(texts: Texts, given: dict) -> Shards:
+    """The input as tokens; raises UserError for options that are for text."""
+    if wrong := [name for name in given if name in TEXT_OPTIONS]:
+        raise UserError(f"--{wrong[0]} is for text, and {texts.files[0].name} has GPT-2's tokens")
+    return Shards(texts.sources, texts.files, texts.val_files)
 
-        `follows`: the piece starts a document that is not the first of its split.
-        """
-        self.counts = {split: {"documents": 0, "bytes": 0} for split in bins.SPLITS}
-        self._n_end_of_text = 0
-        with tqdm(desc="text", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-            for split, document, begin, end in self._assign():
-                count = self.counts[split]
-                follows, is_empty = count["documents"] > 0, True
-                for piece in document.pieces(begin, end):
-                    self._n_end_of_text += piece.text.count(END_OF_TEXT)
-                    yield split, follows, piece
-                    follows = is_empty = False
-                    count["bytes"] += piece.n_bytes
-                    bar.update(piece.n_bytes)
-                count["documents"] += not is_empty
 
-    def _assign(self) -> Iterator[tuple[str, Document, int, int | None]]:
-        """Yield (split, document, begin, end) in the order of the inputs."""
-        if self._val_corpus.files:
-            yield from (("train", document, 0, None) for document in self._corpus)
-            yield from (("val", document, 0, None) for document in self._val_corpus)
-        elif len(self._cuts) >= MANY_DOCUMENTS:
-            for document in self._corpus:
-                digest = document.digest()[:8]
-                if len(self._digests) < 2:
-                    self._digests.add(digest)
-                u = int.from_bytes(digest, "big") / 2**64
-                yield "val" if u < self._val_fraction else "train", document, 0, None
-        else:
-            for document, cut in zip(self._corpus, self._cuts, strict=True):
-                yield "train", document, 0, cut
-                yield "val", document, cut, None
+def describe_command(options: PrepareConfig, kind: Tokenizer | str, texts: Texts) -> str:
+    """A digest of all that decides about the bins: options, files, and a known tokenizer."""
+    chosen = asdict(options)
+    for name in ("dataset", "name", "data_dir", "workers", "tokenizer"):
+        del chosen[name]
+    files = [(file.name, file.size, file.version) for file in texts.files]
+    tok = kind if isinstance(kind, str) else kind.meta()
+    content = json.dumps([POSITIONS, PIECE_BYTES, chosen, texts.sources, files, tok])
+    return hashlib.sha256(content.encode()).hexdigest()
 
-    @property
-    def has_json_lines(self) -> bool:
-        return self._corpus.has_json_lines or self._val_corpus.has_json_lines
 
-    @property
-    def notes(self) -> dict[str, int]:
-        """What was noticed in the text, and how often."""
-        notes = self._corpus.notes + self._val_corpus.notes
-        if self._n_end_of_text:
-            advice = f"--separator='{END_OF_TEXT}' makes it the end of a document"
-            notes[f"{END_OF_TEXT} is in the text, as text; {advice}"] = self._n_end_of_text
-        return {what: count for what, count in notes.items() if count}
-
-    def check(self) -> None:
-        """Raise UserError if a split got no text."""
-        for split, count in self.counts.items():
-            if not count["documents"]:
-                n_bytes = sum(count["bytes"] for count in self.counts.values())
-                if len(self._digests) == 1:
-                    raise UserError(
-                        f"{', '.join(self.sources)}: all documents are the same, so that all are "
-                        "in one split; remove the copies, or use --val_input"
-                    )
-                if len(self._cuts) >= MANY_DOCUMENTS:
-                    raise UserError(
-                        f"{', '.join(self.sources)}: no document was assigned to the {split} split "
-                        f"with --val_fraction={self._val_fraction}; use another, or --val_input"
-                    )
-                raise UserError(
-                    f"{', '.join(self.sources)}: the text is too short ({n_bytes:,} bytes), "
-                    f"the {split} split is empty"
-                )
+def bytes_needed(tok: Tokenizer, texts: Texts, progress: dict | None) -> float:
+    """About how much larger the bins will become, judged by what is there, or the first piece."""
+    if progress:
+        n_bytes, n_tokens = progress["position"]["bytes"], sum(progress["tokens"].values())
+    else:
+        piece = texts.sample()
+        n_bytes = n_tokens = piece.n_bytes
+        with suppress(UserError):  # encode() will say where a character is unknown
+            n_tokens = len(tok.encode(piece.text))
+    left = texts.n_bytes - (n_bytes if progress else 0)
+    return max(0, left) * n_tokens / n_bytes * bins.dtype_of(tok.vocab_size).itemsize
 
 
 # ---- documents -> tokens ------------------------------------------------------------------------
@@ -245,18 +235,23 @@ def check_tokenizer(kind: str, given: dict) -> None:
         raise UserError("--extend_vocab needs a --tokenizer to extend, such as that of a run")
 
 
-def make_tokenizer(kind: str, options: PrepareConfig, texts: Texts) -> Tokenizer:
+def make_tokenizer(kind: Tokenizer | str, options: PrepareConfig, texts: Texts) -> Tokenizer:
     """Build the tokenizer: char from all of the text, bpe from the training split."""
-    if kind not in tokenizer.KINDS:
-        tok = load_tokenizer(kind)
-        if options.extend_vocab and tok.kind != "char":
-            raise UserError(f"--extend_vocab is for characters; {kind} has a {tok.kind} tokenizer")
-        return tok.extended(separated(texts, tok.normalize)) if options.extend_vocab else tok
+    if isinstance(kind, Tokenizer):
+        if options.extend_vocab and kind.kind != "char":
+            raise UserError(
+                f"--extend_vocab is for characters; {options.tokenizer} has a {kind.kind} tokenizer"
+            )
+        return kind.extended(separated(texts, kind.normalize)) if options.extend_vocab else kind
     form = options.normalize
     if kind == "char":
         tok = tokenizer.CharTokenizer.train(separated(texts, form))
     elif kind == "bpe":
-        pieces = (tokenizer.normalized(p.text, form) for split, _, p in texts if split == "train")
+        pieces = (
+            tokenizer.normalized(piece.text, form)
+            for split, _, piece in texts.pieces()
+            if split == "train"
+        )
         tok = tokenizer.BytePairTokenizer.train(pieces, options.vocab_size)
     else:
         tok = tokenizer.load({"kind": kind})
@@ -281,53 +276,57 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def separated(texts: Texts, form: str) -> Iterator[str]:
     """Yield all of the text, normalized, with newlines between documents."""
-    for _, follows, piece in texts:
+    for _, follows, piece in texts.pieces():
         yield tokenizer.normalized("\n" * follows + piece.text, form)
 
 
-def encode(tok: Tokenizer, texts: Texts, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (split, ids (n,)) for all texts in order.
+def encode(
+    tok: Tokenizer, texts: Texts, n_workers: int, start: dict | None
+) -> Iterator[tuple[dict[str, np.ndarray], dict]]:
+    """Yield ({split: ids (n,)}, position after them) for all texts in order, from `start` on.
 
-    End-of-text or a newline separates documents. The ids are the same for any number of workers.
+    The ids are the same for any number of workers.
     """
-
-    def encode_batch(batch: list[tuple[str, bool, Piece]]) -> dict[str, np.ndarray]:
-        ids = {split: [] for split, _, _ in batch}
-        for split, follows, piece in batch:
-            if follows and tok.end_of_text is None:
-                ids[split].append(tok.encode("\n"))
-            elif follows:
-                ids[split].append([tok.end_of_text])
-            try:
-                ids[split].append(tok.encode(piece.text))
-            except UnknownCharacters as error:
-                where = piece.locate(error.index, tok.normalize)
-                raise UserError(
-                    f"{where}: the vocabulary has no {error.names}; --extend_vocab adds them"
-                ) from None
-        return {split: np.concatenate(parts) for split, parts in ids.items()}
-
-    with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        for batch in batches(texts):
-            pending.append(pool.submit(encode_batch, batch))
-            if len(pending) > 2 * workers:  # bounds the memory
-                yield from pending.popleft().result().items()
-        for result in pending:
-            yield from result.result().items()
+    is_slow = isinstance(tok, tokenizer.BytePairTokenizer) and texts.n_bytes > LARGE_BYTES
+    with Encoders(tok, n_workers, in_processes=is_slow and n_workers > 1) as encoders:
+        waiting = deque()
+        for pieces, position in batches(texts, start):
+            batch = [Text(split, follows, piece.text) for split, follows, piece in pieces]
+            waiting.append((encoders.submit(batch), pieces, position))
+            if len(waiting) > 2 * n_workers:  # bounds the memory
+                yield finished(tok, *waiting.popleft())
+        while waiting:
+            yield finished(tok, *waiting.popleft())
+    texts.check()
 
 
-def batches(texts: Texts) -> Iterator[list[tuple[str, bool, Piece]]]:
-    """The pieces of the texts in lists of about PIECE_BYTES."""
+def finished(
+    tok: Tokenizer, ids: Future, pieces: list[tuple[str, bool, Piece]], position: dict
+) -> tuple[dict[str, np.ndarray], dict]:
+    """Wait for the ids of a batch; raises UserError that says where a character is unknown."""
+    try:
+        return ids.result(), position
+    except UnknownText as unknown:
+        where = pieces[unknown.number][2].locate(unknown.error.index, tok.normalize)
+        names = unknown.error.names
+        raise UserError(
+            f"{where}: the vocabulary has no {names}; --extend_vocab adds them"
+        ) from None
+
+
+def batches(
+    texts: Texts, start: dict | None
+) -> Iterator[tuple[list[tuple[str, bool, Piece]], dict]]:
+    """The pieces of the texts in lists of about PIECE_BYTES, each with the position after it."""
     batch, size = [], 0
-    for split, follows, piece in texts:
+    for split, follows, piece in texts.pieces(start):
         batch.append((split, follows, piece))
         size += piece.n_bytes
         if size >= PIECE_BYTES:
-            yield batch
+            yield batch, texts.position()
             batch, size = [], 0
     if batch:
-        yield batch
+        yield batch, texts.position()
 
 
 def print_table(folder: Path, meta: dict, notes: dict[str, int], seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Token bins: writing them, reading them, and the order of a run's training windows.
+"""Token bins: reading them, and the order of a run's training windows. writer.py writes them.
 
     data/<name>/train.bin   token ids, little-endian, no header; uint16, or uint32 where needed
     data/<name>/val.bin     the same
@@ -9,22 +9,17 @@ A folder without meta.json is taken for nanoGPT's: uint16 ids of GPT-2's tokeniz
 """
 
 import functools
-import glob
 import hashlib
 import json
 import math
 import mmap
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-import filelock
 import numpy as np
 
 from data.errors import UserError
@@ -33,7 +28,6 @@ FORMAT = 1
 SPLITS = ("train", "val")
 IGNORED = -1  # a target that the loss ignores, because it is beyond the end of the split
 CHECKED_IDS = 2**24  # ids of a split that are checked when it is opened; the rest when read
-LOCK = "folio.lock"  # held while a data set is written
 BIGRAM_TOKENS = 5_000_000  # enough for a baseline, and fast to count
 MALFORMED = (  # what reading JSON with unexpected content raises
     ValueError,
@@ -172,6 +166,11 @@ def find(data_dir: Path, name: str) -> Path:
     return Path(name) if is_path and not (data_dir / name).exists() else data_dir / name
 
 
+def dtype_of(vocab_size: int) -> np.dtype:
+    """The type of a bin's ids."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
 def is_built(folder: Path) -> bool:
     """Whether a folder has any file of a data set."""
     return any((folder / name).exists() for name in (*OUR_FILES, "meta.pkl"))
@@ -254,7 +253,8 @@ def _check_foreign(path: Path) -> None:
     problem, advice = "", "rebuild it from its text with prepare.py"
     if len(head) > 2 and int(head[:2].view("<i4")[0]) in LLM_C_MAGIC:
         problem = "starts with a header of 1,024 bytes, as llm.c writes"
-        advice = f"remove it: tail -c +1025 {path} > new.bin"
+        train, val = (path.with_name(f"{name}.bin") for name in SPLITS)
+        advice = f"python prepare.py --name NAME --input {train} --val_input {val} reads them"
     elif size % 2:
         problem = "has an odd number of bytes"
     elif len(head) >= 64 and (head[1::2] == 0).mean() > 0.5:
@@ -307,126 +307,7 @@ def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
     return float(-np.log((count + prior) / (before + 1)).mean())
 
 
-# ---- writing ------------------------------------------------------------------------------------
-
-
-class Writer:
-    """Writes a data set atomically; an older one of that name is moved aside.
-
-    Everything is written to a hidden folder beside it, which finish() renames. If finish() is not
-    reached, that folder is removed.
-    """
-
-    def __init__(self, folder: Path, vocab_size: int):
-        check_target(folder)
-        self.folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
-        self.vocab_size = vocab_size
-        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self.n_tokens = dict.fromkeys(SPLITS, 0)
-
-    def __enter__(self) -> "Writer":
-        parent, name = self.folder.parent, self.folder.name
-        for leftover in parent.glob(f".{glob.escape(name)}.*.partial"):
-            _remove_if_dead(leftover)
-        self._partial = parent / f".{name}.{secrets.token_hex(4)}.partial"
-        try:
-            self._partial.mkdir(parents=True)
-            self._lock = filelock.FileLock(self._partial / LOCK)
-            self._lock.acquire()
-            self._files = {name: open(self._partial / f"{name}.bin", "xb") for name in SPLITS}
-            self._digests = {name: hashlib.sha256() for name in SPLITS}
-        except BaseException:  # Python does not call __exit__ if __enter__ raises
-            shutil.rmtree(self._partial, ignore_errors=True)
-            raise
-        return self
-
-    def add(self, split: str, ids: np.ndarray) -> None:
-        """Append ids (n,) to a split."""
-        data = ids.astype(self.dtype).tobytes()
-        self._files[split].write(data)
-        self._digests[split].update(data)
-        self.n_tokens[split] += len(ids)
-
-    def finish(self, splits: dict[str, dict], tokenizer: dict, sources: list[str]) -> dict:
-        """Move the data set to its final name and return its meta.
-
-        `splits` adds what the writer does not know about each split, such as its UTF-8 bytes.
-        """
-        meta = {
-            "format": FORMAT,
-            "dtype": self.dtype.name,
-            "vocab_size": self.vocab_size,
-            "tokenizer": tokenizer,
-            "splits": {
-                name: {
-                    "tokens": self.n_tokens[name],
-                    **splits[name],
-                    "sha256": self._digests[name].hexdigest(),
-                }
-                for name in SPLITS
-            },
-            "sources": sources,
-        }
-        for file in self._files.values():
-            _sync(file)
-            file.close()  # Windows cannot rename a folder with an open file
-        with open(self._partial / "meta.json", "x", encoding="utf-8") as file:
-            json.dump(meta, file, ensure_ascii=False, indent=1)
-            _sync(file)
-        self._lock.release()
-        (self._partial / LOCK).unlink(missing_ok=True)
-        others = {path.name for path in self.folder.glob("*")} - {*OUR_FILES}
-        if self.folder.exists() and not others:
-            move_aside(self.folder)
-        if not self.folder.exists():
-            self._partial.rename(self.folder)
-            return meta
-        if (self.folder / "meta.json").exists():  # the user's files stay where they are
-            aside = free_name(self.folder.with_name(f"{self.folder.name}.1"))
-            aside.mkdir()
-            for name in reversed(OUR_FILES):
-                os.replace(self.folder / name, aside / name)
-            print(f"moved the older data set in {self.folder} to {aside}")
-        for name in OUR_FILES:
-            os.replace(self._partial / name, self.folder / name)
-        return meta
-
-    def __exit__(self, _: type | None, error: BaseException | None, *__: object) -> None:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(self.folder)  # a full disk, most likely
-        for file in self._files.values():
-            with suppress(OSError):  # it is full
-                file.close()
-        self._lock.release()
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-
-def check_target(folder: Path) -> None:
-    """Raise UserError if a data set cannot be written to `folder`.
-
-    It may have an older data set, or files that are not a data set's, such as its text.
-    """
-    foreign = is_built(folder) and not (folder / "meta.json").is_file()
-    if (folder.exists() and not folder.is_dir()) or foreign:
-        raise UserError(
-            f"{folder} exists and is not a data set made by prepare.py; use another name"
-        )
-
-
-def _remove_if_dead(partial: Path) -> None:
-    """Remove what a killed prepare.py left: a folder with our lock file, which nobody holds."""
-    if not (partial / LOCK).is_file():
-        return
-    lock = filelock.FileLock(partial / LOCK, timeout=0)
-    with suppress(OSError, filelock.Timeout):
-        lock.acquire()
-        lock.release()
-        shutil.rmtree(partial)
-
-
-def _sync(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+# ---- names --------------------------------------------------------------------------------------
 
 
 def move_aside(folder: Path) -> None:

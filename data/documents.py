@@ -1,46 +1,28 @@
-"""Reads documents from files, folders, globs, URLs and JSON lines.
+"""Reads documents from files.
 
 A plain file is one document, or with a separator each of its parts is. Each line of JSON lines
-(.jsonl, .ndjson) is one. Files may be compressed (.gz, .bz2, .xz). A folder or a glob means its
-text files, sorted by name. Two inputs are part of Python: `pydocs`, the language reference, and
-`pystdlib`, the source of the standard library.
+(.jsonl, .ndjson) is one, and so is each row of a Parquet file. Files may be compressed (.gz, .bz2,
+.xz).
 """
 
 import bisect
 import dataclasses
-import glob
+import functools
 import hashlib
 import itertools
 import json
-import os
 import re
-import stat
-import sys
-import sysconfig
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from data import formats
-from data.download import fetch
 from data.errors import UserError
+from data.files import File, describe, find_files, language_reference
 
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-KNOWN = {  # downloads whose digest is pinned
-    SHAKESPEARE: {
-        "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        "size": 1_115_394,
-    }
-}
-PART_OF_PYTHON = ("pydocs", "pystdlib")
-STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 PIECE_BYTES = 1 << 18  # text that is encoded at a time: enough to be worth a thread's while
 TAIL_BYTES = 1 << 12  # end of a piece that is searched for a good place to end it
 CONTINUATIONS = [bytes([i]) for i in range(0x80, 0xC0)]  # of a character in UTF-8
@@ -49,15 +31,15 @@ CONTEXT_BYTES = 1 << 8  # before an offset, in which the start of its character 
 
 @dataclass
 class Document:
-    """UTF-8 text that can be read again and again, in blocks that end between characters."""
+    """UTF-8 text that can be read again and again, in blocks; blocks(begin) starts at an offset."""
 
     source: str
-    blocks: Callable[[], Iterator[bytes]]
+    blocks: Callable[..., Iterator[bytes]]
 
     @staticmethod
     def of(data: bytes, source: str) -> "Document":
         """A document in memory."""
-        return Document(source, lambda: iter((data,)))
+        return Document(source, lambda begin=0: iter((data[begin:],)))
 
     def size(self) -> int:
         """Its length in bytes, for which all of it is read."""
@@ -73,7 +55,7 @@ class Document:
     def boundary(self, offset: int) -> int:
         """`offset`, moved back to the start of a character."""
         n_before = min(offset, CONTEXT_BYTES)
-        window = b"".join(_between(self.blocks(), offset - n_before, offset + 4))
+        window = b"".join(_until(n_before + 4, self.blocks(offset - n_before)))
         return offset - n_before + character_start(window, n_before)
 
     def pieces(self, begin: int = 0, end: int | None = None) -> "Iterator[Piece]":
@@ -83,7 +65,8 @@ class Document:
         is longer than TAIL_BYTES.
         """
         data, offset = bytearray(), begin
-        for block in itertools.chain(_between(self.blocks(), begin, end), (b"",)):
+        length = None if end is None else end - begin
+        for block in itertools.chain(_until(length, self.blocks(begin)), (b"",)):
             data += block
             start = 0
             while start < len(data) and (len(data) - start > PIECE_BYTES or not block):
@@ -111,20 +94,22 @@ class Piece(NamedTuple):
                 key=lambda i: len(unicodedata.normalize(form, self.text[: i + 1])),
             )
         n_chars, n_lines = index + 1, self.text.count("\n", 0, index) + 1
-        for block in _between(self.document.blocks(), 0, self.offset):
+        for block in _until(self.offset, self.document.blocks()):
             n_chars += len(block) - sum(map(block.count, CONTINUATIONS))
             n_lines += block.count(b"\n")
         return f"{self.document.source}, character {n_chars:,} (line {n_lines:,})"
 
 
-def _between(blocks: Iterator[bytes], begin: int, end: int | None) -> Iterator[bytes]:
-    """The bytes from `begin` to `end` of a stream of blocks."""
-    position = 0
+def _until(length: int | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The first bytes of a stream of blocks; None: all."""
     for block in blocks:
-        if end is not None and position >= end:
+        if length is None:
+            yield block
+        elif length > 0:
+            yield block[:length]
+            length -= len(block)
+        else:
             return
-        yield block[max(0, begin - position) : None if end is None else end - position]
-        position += len(block)
 
 
 def character_start(data: bytes, offset: int) -> int:
@@ -166,14 +151,6 @@ def _piece_end(data: bytes, start: int) -> int:
     return end
 
 
-class File(NamedTuple):
-    """A file of a corpus."""
-
-    path: Path | None  # None: pydocs
-    name: str  # in messages: its path, or the URL that it was downloaded from
-    explicit: bool  # an input of its own, not found in a folder or by a glob
-
-
 @dataclass
 class Corpus:
     """The documents of some inputs; each iteration reads them again, in the same order.
@@ -193,25 +170,40 @@ class Corpus:
     def __post_init__(self):
         """Find the files; raises UserError for an input that does not exist or is empty."""
         self._counted = set()  # the files whose notes are in `notes`
-        self.sources = [_describe(word) for word in self.inputs]
+        self._checked = {}  # files whose bytes are their text, with their notes
+        self.position = 0.0  # how many bytes of its file have been read
+        self.sources = [describe(word) for word in self.inputs]
         self.files = [found for word in self.inputs for found in find_files(word, self.downloads)]
 
     @property
-    def has_json_lines(self) -> bool:
-        """Whether a file has JSON lines, judged by their names."""
-        files = [file for file in self.files if file.path]
-        return any(formats.is_json_lines(f.path, formats.read_head(f.path, f.name)) for f in files)
-
-    def __iter__(self) -> Iterator[Document]:
-        self.notes.clear()
-        self._counted.clear()
+    def has_fields(self) -> bool:
+        """Whether a file has JSON lines, judged by their names, or is a Parquet file."""
         for file in self.files:
             if file.path is None:
-                yield Document.of(_language_reference(), file.name)
-            else:
-                yield from self._read(file)
+                continue
+            head = b"" if file.hub else formats.read_head(file.path, file.name)
+            is_parquet = head.startswith(formats.PARQUET) or file.path.suffix == ".parquet"
+            if is_parquet or formats.is_json_lines(file.path, head):
+                return True
+        return False
 
-    def _read(self, file: File) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[Document]:
+        self.forget()
+        for file in self.files:
+            yield from self.read(file)
+
+    def forget(self, notes: dict[str, int] | None = None) -> None:
+        """Begin a new iteration, with these notes."""
+        self.notes = Counter(notes)
+        self._counted.clear()
+
+    def read(self, file: File) -> Iterator[Document]:
+        """The documents of one of the files."""
+        if file.path is None:
+            yield Document.of(language_reference(), file.name)
+            return
+        if file.hub:
+            file.hub.fetch()
         path, head = file.path, formats.read_head(file.path, file.name)
         if not head and file.explicit:
             raise UserError(f"{file.name} is empty")
@@ -219,8 +211,10 @@ class Corpus:
             if file.explicit:
                 raise UserError(f"{file.name} is {problem}")
             self.notes[f"files left out: {problem.split(':')[0]} (such as {path.name})"] += 1
+        elif head.startswith(formats.PARQUET):
+            yield from self._texts(self._rows(file))
         elif formats.is_json_lines(path, head):
-            yield from self._read_json_lines(file)
+            yield from self._texts(self._objects(file))
         elif self._is_binary(head) and not (file.explicit and self.errors == "replace"):
             if file.explicit:
                 order = "be" if head.startswith(b"\0") else "le"
@@ -238,19 +232,33 @@ class Corpus:
         except LookupError:
             raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
 
-    def _blocks(self, file: File) -> Iterator[bytes]:
-        """A file as UTF-8. What is noticed counts once, when the file was read to its end."""
-        counts = Counter()
-        for block in formats.utf8_blocks(file.path, file.name, self.encoding, self.errors, counts):
-            counts["lines that end in CRLF"] += block.count(b"\r\n")
-            yield block
+    def _blocks(self, file: File, begin: int = 0) -> Iterator[bytes]:
+        """A file as UTF-8, from an offset in that on. What is noticed counts once, when the file
+        was read to its end."""
+        if file in self._checked:  # no need to decode it again
+            counts = self._checked[file]
+            with open(file.path, "rb") as stream:
+                stream.seek(begin)
+                while block := stream.read(formats.BLOCK_BYTES):
+                    self.position = stream.tell()
+                    yield block
+        else:
+            counts, n_bytes, how = Counter(), 0, (self.encoding, self.errors)
+            for block, self.position in formats.utf8_blocks(file.path, file.name, *how, counts):
+                counts["lines that end in CRLF"] += block.count(b"\r\n")
+                n_bytes += len(block)
+                if n_bytes > begin:
+                    yield block[max(0, begin - n_bytes + len(block)) :]
+            unchanged = counts.total() == counts["lines that end in CRLF"]
+            if unchanged and formats.is_stored_as_utf8(file.path, self.encoding):
+                self._checked[file] = counts
         if file not in self._counted:
             self._counted.add(file)
             self.notes.update(counts)
 
     def _read_plain(self, file: File) -> Iterator[Document]:
         if not self.separator:
-            yield Document(file.name, lambda: self._blocks(file))
+            yield Document(file.name, lambda begin=0: self._blocks(file, begin))
             return
         separator, data, number = self.separator.encode(), b"", 0
         for block in itertools.chain(self._blocks(file), (None,)):
@@ -262,15 +270,25 @@ class Corpus:
                 if part := part.strip(b"\r\n"):
                     yield Document.of(part, f"{file.name}, document {number}")
 
-    def _read_json_lines(self, file: File) -> Iterator[Document]:
-        for source, line in self._lines(file):
+    def _texts(self, records: Iterator[tuple[str, Callable[[], dict]]]) -> Iterator[Document]:
+        """The text of each record, which is given with its source, and unread."""
+        for source, read in records:
             try:
-                if text := _text_of(_record(line, source), source, self.field):
+                if text := _text_of(read(), source, self.field):
                     yield Document.of(text, source)
             except UserError as error:
                 if not self.skip_bad_lines:
                     raise UserError(f"{error}; --skip_bad_lines leaves such lines out") from None
                 self.notes["bad lines left out"] += 1
+
+    def _rows(self, file: File) -> Iterator[tuple[str, Callable[[], dict]]]:
+        rows = formats.parquet_records(file.path, file.name, self.field)
+        for number, (row, self.position) in enumerate(rows, 1):
+            yield f"{file.name}, row {number}", lambda row=row: row
+
+    def _objects(self, file: File) -> Iterator[tuple[str, Callable[[], dict]]]:
+        for source, line in self._lines(file):
+            yield source, functools.partial(_record, line, source)
 
     def _lines(self, file: File) -> Iterator[tuple[str, bytes]]:
         """Yield (source, line) for each line that is not empty."""
@@ -323,127 +341,3 @@ def _text_of(record: dict, source: str, field: str) -> bytes:
 
 def _is_message(item: object) -> bool:
     return type(item) is dict and all(type(item.get(key)) is str for key in ("role", "content"))
-
-
-# ---- inputs -> files ----------------------------------------------------------------------------
-
-
-def find_files(word: str, downloads: Path) -> list[File]:
-    """The files of an input; raises UserError if there are none."""
-    if not word:
-        raise UserError("--input= is empty: give a file, a folder, a glob or a URL")
-    if word == "pydocs":
-        return [File(None, word, True)]
-    if word == "pystdlib":
-        return [File(path, str(path), False) for path in _standard_library()]
-    if word.lower().startswith(("http://", "https://")):
-        return [File(_download(word, downloads), word, True)]
-    if re.match(r"\w+://", word):
-        raise UserError(f"input {word}: only http:// and https:// URLs can be read; name the file")
-    path = Path(word)
-    if word in STANDARD_INPUT or (path.exists() and stat.S_ISFIFO(path.stat().st_mode)):
-        return [File(_spool(word, downloads), "standard input", True)]
-    if path.is_dir():
-        files = sorted(_walk(path), key=Path.as_posix)
-    elif path.is_file():
-        return [File(path, str(path), True)]
-    elif path.exists():
-        raise UserError(f"input {word} is not a regular file")
-    elif glob.has_magic(word):
-        files = sorted((p for p in _expand(path) if p.is_file()), key=Path.as_posix)
-    else:
-        raise UserError(f"input {word}: no such file or folder")
-    if not files:
-        raise UserError(f"input {word}: no files found")
-    return [File(path, str(path), False) for path in files]
-
-
-def _spool(word: str, downloads: Path) -> Path:
-    """Copy what can be read only once into a file."""
-    downloads.mkdir(parents=True, exist_ok=True)
-    source = sys.stdin.buffer if word in STANDARD_INPUT else open(word, "rb")
-    digest, path = hashlib.sha256(), downloads / f"stdin.{os.getpid()}"
-    with open(path, "wb") as file:
-        while block := source.read(formats.BLOCK_BYTES):
-            digest.update(block)
-            file.write(block)
-    final = downloads / digest.hexdigest()[:16] / "stdin"
-    final.parent.mkdir(exist_ok=True)
-    os.replace(path, final)
-    return final
-
-
-def _expand(pattern: Path) -> Iterator[Path]:
-    """The matches of a glob; ** follows no symlinks, and matches hidden names only if asked to."""
-    root = Path(pattern.anchor)
-    hidden = any(part.startswith(".") and part.strip(".") for part in pattern.parts)
-    for path in root.glob(str(pattern.relative_to(root))):
-        parts = path.relative_to(root).parts
-        if hidden or not any(part.startswith(".") and part.strip(".") for part in parts):
-            yield path
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, without hidden ones.
-
-    Linked folders are entered, but each folder once, and none that `folder` is in. Raises OSError
-    if a folder cannot be read.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    root = Path(os.path.realpath(folder))
-    entered = {root, *root.parents}
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        for name in sorted(folders):
-            real = Path(os.path.realpath(Path(parent, name)))
-            if name.startswith(".") or real in entered:
-                folders.remove(name)
-            entered.add(real)
-        for name in names:
-            path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
-
-
-def _standard_library() -> list[Path]:
-    """The source files of Python's standard library, without its tests."""
-    root = Path(sysconfig.get_path("stdlib"))
-    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = (path for path in _walk(root) if path.suffix == ".py")
-    return sorted(path for path in files if not excluded & set(path.relative_to(root).parts))
-
-
-def _language_reference() -> bytes:
-    """The topics of Python's help(), one after another."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise UserError("this Python has no pydoc_data; use --input=FILE") from None
-    return "\n".join(topics[name].strip("\n") + "\n" for name in sorted(topics)).encode()
-
-
-def _describe(word: str) -> str:
-    if word in PART_OF_PYTHON:
-        return f"{word} of Python {sys.version.split()[0]}"
-    return word.encode(errors="backslashreplace").decode()
-
-
-def _download(url: str, downloads: Path) -> Path:
-    try:
-        name = Path(urlsplit(url).path).name or "index"
-    except ValueError as error:
-        raise UserError(f"input {url} is not a valid URL: {error}") from None
-    path = downloads / hashlib.sha256(url.encode()).hexdigest()[:16] / name
-    if path.exists():
-        print(f"using the earlier download of {url}; to download it again, delete {path}")
-        return path
-    new = [folder for folder in (path.parent, downloads, downloads.parent) if not folder.exists()]
-    try:
-        return fetch(url, path, **KNOWN.get(url, {}))
-    except UserError:
-        with suppress(OSError):  # not empty if a partial download was kept
-            for folder in new:
-                folder.rmdir()
-        raise

@@ -24,6 +24,9 @@ COMPRESSIONS = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz")
 BROKEN = (EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged one raises; or OSError
 JSON_LINES = (".jsonl", ".ndjson")
+PARQUET = b"PAR1"  # the first bytes
+PARQUET_ROWS = 256  # read at a time
+EXPANSION = {".parquet": 2.0} | dict.fromkeys(COMPRESSED_ENDINGS, 3.0)  # of English, to plan with
 BOMS = {  # byte-order marks; that of UTF-32 starts with that of UTF-16
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -46,8 +49,6 @@ FORMATS = [  # first bytes, endings, name, what to do
     (b"PK\3\4", (".xlsx",), "a spreadsheet", "export it as CSV"),
     (b"PK\3\4", (), "a zip archive", "unzip {path} -d {stem}, then use --input={stem}"),
     (b"%PDF", (), "a PDF", "pdftotext {path} {stem}.txt"),
-    (b"PAR1", (), "a Parquet file", "python -c \"import pandas; pandas.read_parquet('{path}')."
-     "to_json('{stem}.jsonl', orient='records', lines=True)\""),
     (b"{\\rtf", (), "an RTF document", "pandoc {path} -t plain -o {stem}.txt"),
     (b"\x28\xb5\x2f\xfd", (), "compressed by zstd", "zstd -d {path}"),
     (b"7z\xbc\xaf", (), "a 7z archive", "7z x {path}"),
@@ -96,6 +97,11 @@ def is_json_lines(path: Path, head: bytes) -> bool:
     return name.endswith(JSON_LINES)
 
 
+def text_bytes(path: Path, size: int) -> float:
+    """About how much text a file of `size` bytes has, judged by its name."""
+    return size * EXPANSION.get(path.suffix.lower(), 1.0)
+
+
 def _plain_name(path: Path) -> str:
     """A file's name in lower case, without the ending of its compression."""
     name = path.name.lower()
@@ -109,31 +115,41 @@ def is_binary(head: bytes, encoding: str) -> bool:
     return b"\0" in head and not head.startswith(tuple(BOMS))
 
 
-def open_binary(path: Path, name: str) -> BinaryIO:
-    """Open a file for reading, decompressed. Messages call it `name`."""
+def is_stored_as_utf8(path: Path, encoding: str) -> bool:
+    """Whether a text file is neither compressed nor in another encoding."""
     with open(path, "rb") as file:
         head = file.read(8)
+    return codecs.lookup(encoding or "utf-8").name == "utf-8" and not head.startswith(
+        (*COMPRESSIONS, *BOMS)
+    )
+
+
+def decompressed(file: BinaryIO, path: Path, name: str) -> BinaryIO:
+    """The content of a file that is open. Messages call it `name`."""
+    head = file.read(8)
+    file.seek(0)
     for magic, module in COMPRESSIONS.items():
         if head.startswith(magic):
-            return module.open(path, "rb")
+            return module.open(file, "rb")
     if path.suffix.lower() in COMPRESSED_ENDINGS:
         raise UserError(f"{name} is a broken {path.suffix} file: it does not start like one")
-    return open(path, "rb")
+    return file
 
 
 def read_head(path: Path, name: str) -> bytes:
     """The first SNIFF_BYTES of a file, decompressed."""
     try:
-        with open_binary(path, name) as file:
-            return file.read(SNIFF_BYTES)
+        with open(path, "rb") as file:
+            return decompressed(file, path, name).read(SNIFF_BYTES)
     except (*BROKEN, OSError) as error:
         raise broken_file(name, error) from None
 
 
 def utf8_blocks(
     path: Path, name: str, encoding: str, errors: str, counts: Counter
-) -> Iterator[bytes]:
-    """Yield a file as UTF-8, in blocks that end between characters. Messages call it `name`.
+) -> Iterator[tuple[bytes, int]]:
+    """Yield a file as UTF-8, in blocks that end between characters, each with how many bytes of the
+    file have been read. Messages call it `name`.
 
     Without `encoding` the file's byte-order mark decides, and it is UTF-8 if it has none. Marks at
     the start of the file or of a line are dropped. Raises UserError for bytes that cannot be
@@ -147,7 +163,8 @@ def utf8_blocks(
 
     codecs.register_error("folio.replace", replace)
     try:
-        with open_binary(path, name) as file:
+        with open(path, "rb") as raw:
+            file = decompressed(raw, path, name)
             block, offset, at_line_start = file.read(BLOCK_BYTES), 0, False
             found = next((code for bom, code in BOMS.items() if block.startswith(bom)), "utf-8")
             handler = "folio.replace" if errors == "replace" else "strict"
@@ -171,7 +188,7 @@ def utf8_blocks(
                         )
                     counts["bytes replaced"] += text.count("\0")
                     text = text.replace("\0", "\ufffd")
-                yield text.encode()
+                yield text.encode(), raw.tell()
                 offset += len(block)
                 block = following
     except (*BROKEN, OSError) as error:
@@ -192,6 +209,32 @@ def _decode(
             f"{offset - n_pending + error.start:,}; name its encoding, as in "
             "--encoding=latin-1, or use --errors=replace"
         ) from None
+
+
+def parquet_records(path: Path, name: str, field: str) -> Iterator[tuple[dict, float]]:
+    """Yield the rows of a Parquet file, with the field or its first part, each with how many bytes
+    of the file have been read, about. Messages call it `name`. Needs pyarrow; raises UserError."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{name} is a Parquet file, which needs the package pyarrow: pip install pyarrow"
+        ) from None
+    size, n_read = path.stat().st_size, 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
+            names = file.schema_arrow.names
+            column = field if field in names else field.split(".")[0]
+            columns = [column] if column in names else names  # all, for the message
+            for batch in file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    n_read += 1
+                    yield row, size * n_read / file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{name} is damaged, or not a Parquet file: {error}") from None
 
 
 def broken_file(name: str, error: Exception) -> Exception:

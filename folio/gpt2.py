@@ -6,17 +6,15 @@ width 1.
 """
 
 import json
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
 
-import requests
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.download import TIMEOUT, short_reason
+from data import hub
 from data.errors import UserError
 from folio import hf_tokenizer
 from folio.checkpoint import Checkpoint, empty_model
@@ -84,15 +82,10 @@ def find_folder(name: str, cache_dir: str = "") -> Path | None:
 def _from_hub(repo_id: str, cache_dir: str, needs_tokenizer: bool) -> Path:
     """The folder of a model in the cache; it is downloaded if it is not there yet."""
     from huggingface_hub import snapshot_download  # here, because few runs need it
-    from huggingface_hub.errors import (
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     files = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
-    where = {"cache_dir": cache_dir or None, "endpoint": endpoint, "allow_patterns": files}
+    where = {"cache_dir": cache_dir or None, "endpoint": hub.endpoint(), "allow_patterns": files}
     try:
         folder = Path(snapshot_download(repo_id, local_files_only=True, **where))
         weights = weight_files(folder)
@@ -104,16 +97,8 @@ def _from_hub(repo_id: str, cache_dir: str, needs_tokenizer: bool) -> Path:
             return folder
     except (LocalEntryNotFoundError, ValueError):
         pass
-    try:
-        requests.head(endpoint, timeout=TIMEOUT)  # fails fast; offline the library tries for 20 s
+    with hub.asking_for(repo_id):
         return Path(snapshot_download(repo_id, **where))
-    except requests.RequestException as error:
-        reason = short_reason(error)
-    except RepositoryNotFoundError:
-        reason = "no public model of that name"
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(f"cannot download {repo_id} from {endpoint} ({reason})")
 
 
 # ---- reading ------------------------------------------------------------------------------------

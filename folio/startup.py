@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import bins
+from data import bins, hub
 from data.errors import UserError
 from folio import distributed, run_folder
 from folio.checkpoint import Checkpoint, check_model
@@ -91,6 +91,12 @@ def _build_dataset(data_dir: Path, name: str, quick_start: bool) -> Path:
         raise UserError(f"--data_dir={data_dir} is a file, not a folder")
     folder = bins.find(data_dir, name)
     if not bins.is_built(folder):
+        if name in hub.DATA_SETS:
+            gigabytes = hub.DATA_SETS[name][1]
+            raise UserError(
+                f"there is no data set {folder}; it takes a download of {gigabytes} GB: "
+                f"python prepare.py {name}"
+            )
         try:
             _run_prepare(folder, DOWNLOAD_SECONDS if quick_start else None)
         except UserError as error:

@@ -105,8 +105,9 @@ def after_backward(monkeypatch, hook) -> None:
 def write_bins(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
     """A data set of bytes, so it says, with the same ids in both splits."""
     from data import bins
+    from data.writer import Writer
 
-    with bins.Writer(folder, vocab_size) as writer:
+    with Writer(folder, vocab_size) as writer:
         for split in bins.SPLITS:
             writer.add(split, ids)
         extra = {split: {"bytes": len(ids)} for split in bins.SPLITS}

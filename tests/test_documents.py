@@ -376,6 +376,20 @@ def test_a_mark_at_the_start_of_a_block(tmp_path, monkeypatch):
         assert read("marks.txt") == [first.decode() + "marked\n"]
 
 
+def test_what_is_left_out_is_left_out_whenever_the_file_is_read(tmp_path, monkeypatch):
+    """Also where its size stays: two marks fewer, and three bytes that become three each."""
+    monkeypatch.chdir(tmp_path)
+    mark = b"\xef\xbb\xbf"
+    Path("a.txt").write_bytes(
+        b"one\n" + mark + b"two\n" + mark + b"three\xff\xff\xff" + b" four" * 30
+    )
+    Path("b.txt").write_bytes(mark + b"four " * 30)
+    _, train, val = build("--input", "a.txt", "b.txt", "--errors=replace", "--tokenizer=byte")
+    texts = "one\ntwo\nthree\ufffd\ufffd\ufffd" + " four" * 30, "four " * 30
+    (train_a, train_b), (val_a, val_b) = (part.rsplit("\n", 1) for part in (train, val))
+    assert (train_a + val_a, train_b + val_b) == texts
+
+
 def test_damage_in_the_middle_of_a_compressed_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     content = bytearray(bz2.compress(random.Random(0).randbytes(2_000_000).hex().encode()))

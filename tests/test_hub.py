@@ -152,7 +152,9 @@ def test_paths_do_not_go_to_the_hub(hub, tmp_path, monkeypatch):
 
 def test_a_model_that_is_missing_is_said(hub, tmp_path):
     hub.fault = "404"
-    with pytest.raises(UserError, match="cannot download openai-community/gpt2 .*no public model"):
+    with pytest.raises(
+        UserError, match="cannot download openai-community/gpt2 .*no public repository"
+    ):
         gpt2.find_folder("gpt2", str(tmp_path))
 
 

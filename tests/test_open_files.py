@@ -12,6 +12,7 @@ from conftest import SMALL
 
 import prepare
 import train
+from data import writer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self")
 
@@ -53,6 +54,7 @@ def test_the_emulation_notices_an_open_file(windows_rule, tmp_path):
 def test_prepare_train_and_resume(windows_rule, tmp_path, text, monkeypatch):
     """Each twice, so that older data sets and runs are moved aside."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0)
     Path("small.txt").write_text(text)
     for _ in range(2):
         assert prepare.main(["--name=small", "--input=small.txt"]) == 0

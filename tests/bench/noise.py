@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data import bins  # noqa: E402
+from data.writer import Writer  # noqa: E402
 from folio import machine  # noqa: E402
 from folio.options import read_options  # noqa: E402
 from folio.run import Run, build_run  # noqa: E402
@@ -27,7 +28,7 @@ def noise(vocab_size: int = 65, n_tokens: int = 20_000) -> Iterator[Path]:
     """The folder of a data set of random ids."""
     with tempfile.TemporaryDirectory() as parent:
         ids = np.random.default_rng(0).integers(0, vocab_size, n_tokens)
-        with bins.Writer(Path(parent) / "noise", vocab_size) as writer:
+        with Writer(Path(parent) / "noise", vocab_size) as writer:
             for split in bins.SPLITS:
                 writer.add(split, ids)
             writer.finish({s: {"bytes": len(ids)} for s in bins.SPLITS}, {"kind": "byte"}, [])
