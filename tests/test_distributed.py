@@ -3,6 +3,7 @@
 Real processes on CPUs: they are killed, stopped, and given broken disks.
 """
 
+import copy
 import os
 import random
 import re
@@ -20,7 +21,8 @@ from conftest import MODERN, ROOT, SMALL, load, write_bins
 
 import train
 from data import bins
-from folio import checkpoint, machine
+from folio import checkpoint, distributed, machine
+from folio.metrics import read_metrics
 from model import GPT, GPTConfig
 
 WORKER = str(ROOT / "tests" / "worker.py")
@@ -88,6 +90,9 @@ def words(data_dir: Path, *more: str) -> list[str]:
 
 
 def assert_same_run(one: str, other: str, rel: float) -> None:
+    logs = [read_metrics(Path(run, "metrics.csv")) for run in (one, other)]
+    losses, other_losses = ([float(row["loss"] or 0) for row in rows] for rows in logs)
+    assert other_losses == pytest.approx(losses, rel=rel)
     (one, meta), (other, other_meta) = (load(f"{run}/ckpt.safetensors") for run in (one, other))
     assert meta["progress"]["n"] == other_meta["progress"]["n"] == 240
     for name in ("train_loss", "val_loss", "best_val_loss"):
@@ -268,6 +273,24 @@ def test_ranks_with_different_data_are_refused(data_dir, tmp_path, monkeypatch):
     assert run.wait(GONE_SECONDS) == 1
     assert codes(2) == [2, 2]
     assert run.errors() == ["error: data/random of rank 1 is not the one of rank 0"]
+
+
+@pytest.mark.parametrize(("mode", "n_calls"), [("none", 4), ("half", 6), ("full", 8)])
+def test_activation_checkpointing_computes_blocks_again(mode, n_calls):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=4, n_head=2, n_embd=16, block_size=8, vocab_size=10, dropout=0.2))
+    plain, calls = copy.deepcopy(model), []
+    for block in model.h:
+        block.mlp.register_forward_hook(lambda *_: calls.append(1))
+    cfg = train.TrainConfig(device="cpu", compile=False, activation_checkpointing=mode)
+    gradients = []
+    for module in (plain, distributed.parallelize(model, cfg)):
+        torch.manual_seed(1)
+        idx = torch.randint(10, (3, 8))
+        module(idx, idx)[1].backward()
+        gradients.append([p.grad for p in module.parameters()])
+    assert len(calls) == n_calls
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(train_small, monkeypatch, capsys):

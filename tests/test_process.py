@@ -44,11 +44,12 @@ def test_streams_that_are_no_files(train_small):
     assert "done:" in out.getvalue() and "\nThe" in out.getvalue()
 
 
-def test_the_readmes_notebook(tmp_path, text):
-    """Its four cells in a real kernel, with a smaller model."""
+def test_the_notebook_of_one_gpu(tmp_path, text):
+    """The four cells of docs/notebooks.md in a real kernel, with a smaller model."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     (tmp_path / "book.txt").write_text(text)
-    (cells,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    page = (ROOT / "docs/notebooks.md").read_text("utf-8")
+    cells = re.findall(r"```python\n(.*?)```", page, re.S)[0]
     small = ", ".join(f'"{word}"' for word in SMALL[3:])
     cells = cells.replace("%pip install -q -r requirements.txt", f"%cd {tmp_path}")
     cells = cells.replace('"--minutes=5"', small).replace("Once", "The").split("\n\n")

@@ -41,7 +41,8 @@ def fork(n: int) -> None:
         if child == 0:
             return
         children.append(child)
-    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    sys.exit(any(statuses))
 
 
 def note(name: str, text: object) -> None:
