@@ -13,7 +13,6 @@ time-out. So what may fail on one rank alone is done in together(), after which 
 none does.
 """
 
-import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import (
@@ -34,7 +33,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from folio.process import EndedElsewhere, explain
+from folio.process import EndedElsewhere, explain, is_of_torchrun
 from model import GPT, LanguageModel
 
 TIMEOUT = timedelta(minutes=30)  # for the slowest rank; rank 0 must load and save within it
@@ -56,19 +55,17 @@ def process_group() -> Iterator[None]:
 
     Raises OSError if another rank dies or does not answer within TIMEOUT.
     """
-    if not dist.is_torchelastic_launched():
+    if not is_of_torchrun():
         yield
         return
     if not dist.is_initialized():  # a second main() in the same process finds it
         _join()
-        atexit.register(dist.destroy_process_group)
     try:
         with nullcontext() if is_main() else redirect_stdout(open(os.devnull, "w")):
             yield
-    except BaseException as error:
-        atexit.unregister(dist.destroy_process_group)  # which may wait for the others
+    except RuntimeError as error:
         reasons = [what for text, what in LOST.items() if text in str(error).lower()]
-        if not isinstance(error, RuntimeError) or not reasons:
+        if not reasons:
             raise
         if not is_main():
             raise EndedElsewhere(1) from None
@@ -80,7 +77,7 @@ def _join() -> None:
     if has_gpu and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)  # the one that "cuda" means
     store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # the store outlives a restart, and has the addresses of the processes before it
+    # the store outlives a restart, and still has the addresses of the processes before it
     store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     group = {"store": store, "rank": rank, "world_size": world_size}
@@ -106,11 +103,9 @@ def local_world_size() -> int:
 
 def launch_id() -> str:
     """Identifies one start of torchrun, whose processes it may restart; empty without torchrun."""
-    return (
-        f"{os.environ['TORCHELASTIC_RUN_ID']}:{os.getppid()}"
-        if dist.is_torchelastic_launched()
-        else ""
-    )
+    if not is_of_torchrun():
+        return ""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']}:{os.getppid()}"
 
 
 def is_restart() -> bool:
@@ -126,7 +121,7 @@ def together() -> Iterator[None]:
     """Raise on all ranks if the block raises on any.
 
     The first of these ranks raises its error, the others EndedElsewhere, so it is printed once.
-    The block must not contain collective operations.
+    Collective operations in the block must be reached by all ranks, whatever fails.
     """
     try:
         yield
@@ -204,17 +199,17 @@ def parallelize(model: LanguageModel, cfg: Any) -> nn.Module:
 
 
 def _shard(model: LanguageModel, blocks: list[nn.Module], cfg: Any) -> nn.Module:
-    """Shard a model with FSDP2: each block is a unit; the rest, with the tied embedding, too."""
+    """Shard a model with FSDP2: the matrices of a block are a unit, which is gathered in cfg.dtype;
+    the rest, with the tied embedding, is another, in float32, as are the sums of gradients."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it takes 0.7 s
 
     low = getattr(torch, cfg.dtype) if cfg.dtype != "float32" else None
-    # only blocks are gathered in low precision; embeddings, residuals and sums stay in float32
     policy = MixedPrecisionPolicy(low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(torch.device(cfg.device).type, (world_size(),))
     for block in blocks:
         if cfg.compile:
             block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 

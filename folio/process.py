@@ -1,5 +1,6 @@
 """Scripts as processes: exit codes, errors on one line, and signals that stop a run cleanly."""
 
+import atexit
 import errno
 import functools
 import os
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from data.errors import UserError
@@ -55,12 +57,27 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | Non
             argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
         with SignalHandlers([signal.SIGTERM], _exit):  # so that `finally` blocks clean up
             code = _exit_code(main, argv)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if is_of_torchrun():
             # torchrun ends all processes when one has failed; each is to end with its own code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            atexit.unregister(_end)
+            atexit.register(_end, code)
         return code
 
     return run
+
+
+def is_of_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _end(code: int) -> None:
+    """End one of torchrun's processes. The destructors of gloo's threads sometimes abort it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import prepare
 from data import bins, documents, formats, tokenizer
 from data.documents import Corpus, Document
+from data.errors import UserError
 
 LIBRARY = Path(sysconfig.get_path("stdlib")) / "asyncio"  # half a megabyte of Python
 LINES = "".join(json.dumps({"text": f"line {i}", "body": i}) + "\n" for i in range(3))
@@ -415,3 +416,14 @@ def test_no_document_in_a_split(tmp_path, monkeypatch, capsys):
     argv = ["--name=mine", "--input=many.jsonl", "--val_fraction=1e-9"]
     assert prepare.main(argv) == 2
     assert "no document was assigned to the val split" in capsys.readouterr().err
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"one line\n")
+    (document,) = Corpus((str(path),), tmp_path)
+    assert document.size() == 9
+    path.write_bytes(b"\xff" * 9)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(UserError, match="log.txt was changed while it was read"):
+        document.size()
