@@ -270,6 +270,8 @@ def resumed_options(given: dict, ckpt: Checkpoint, known: set[str]) -> dict:
     changed = {name for name in given if given[name] != saved.get(name)}
     if "device" in changed:  # what "auto" chose there may not fit here
         saved |= {"dtype": "auto", "compile": "auto"}
+    if distributed.world_size() == 1:
+        saved["fsdp"] = False
     per_step = distributed.world_size() * saved["micro_batch_size"]
     if changed & {"batch_size", "device", "dtype"} or saved["batch_size"] % per_step:
         saved["micro_batch_size"] = 0

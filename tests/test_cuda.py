@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from conftest import MODERN, load
+from conftest import MODERN, SMALL, load
+from test_distributed import Processes
 from test_kv_cache import SHAPES, generated, lively
 from torch.nn import functional as F
 
 import sample
+import train
 from folio.fast import token_loss
 
 DEVICE = "cuda"
@@ -62,15 +64,41 @@ def test_a_loss_that_is_no_number_ends_with_3(train_small, capsys):
     assert "training diverged" in capsys.readouterr().err
 
 
-def test_a_batch_that_does_not_fit_is_said(train_small, capsys, monkeypatch):
+@pytest.mark.parametrize("estimated", [True, False])
+def test_a_batch_that_does_not_fit(train_small, capsys, monkeypatch, estimated):
+    """It is halved until it fits, whether the estimate knows that or not; if asked for, refused."""
     words = ("--batch_size=4096", "--n_embd=512", "--block_size=256", "--compile=False")
-    monkeypatch.setattr(
-        "folio.machine.available_memory", lambda device: None
-    )  # no refusal beforehand
+    words += ("--max_iters=2", f"--device={DEVICE}")
+    if not estimated:
+        monkeypatch.setattr("folio.machine.available_memory", lambda device: None)
     hog = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device=DEVICE)
-    assert train_small(f"--device={DEVICE}", *words) == 2
-    assert "out of memory: use a smaller micro_batch_size" in capsys.readouterr().err
+    assert train_small(*words) == 0
+    assert state("run")[1]["run_config"]["micro_batch_size"] < 4096
+    assert train_small(*words, "--micro_batch_size=4096") == 2
+    message = "training needs about" if estimated else "out of memory; use a smaller"
+    assert message in capsys.readouterr().err
     del hog
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_two_gpus_train_as_one(data_dir, tmp_path, monkeypatch, dtype):
+    monkeypatch.chdir(tmp_path)
+    argv = [*SMALL, f"--data_dir={data_dir}", f"--device={DEVICE}", f"--dtype={dtype}"]
+    argv += ["--micro_batch_size=2", "--compile=False"]
+    more = {"ddp": [], "compiled": ["--compile"], "muon": MODERN}
+    if dtype != "float16":
+        more |= {"fsdp": ["--fsdp"], "fsdp_compiled": ["--fsdp", "--compile"]}
+    runs = [[*argv, *words, f"--out_dir={name}"] for name, words in more.items()]
+    two = Processes(2, *runs, torchrun=("--standalone",))
+    assert two.wait(600) == 0, two.err
+    for name, words in {"one": [], "one_muon": MODERN}.items():
+        assert train.main([*argv, *words, f"--out_dir={name}"]) == 0
+    for name in more:
+        one = "one_muon" if name == "muon" else "one"
+        assert val_loss(name) == pytest.approx(
+            val_loss(one), abs=2e-3 if dtype == "float32" else 0.05
+        )
 
 
 def test_the_loss_is_cross_entropy():
