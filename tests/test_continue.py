@@ -18,13 +18,16 @@ import prepare
 from data import bins, workers, writer
 
 pytestmark = needs_gpt2_vocabulary
-# a large corpus, so to speak: worker processes, and a record of the progress after every batch
+# a large corpus, so to speak: worker processes, and a record of the progress after every batch, and
+# a pause, so that the process is not done before it is killed
 RUN = f"""
-import sys
+import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import prepare
 from data import writer
 prepare.LARGE_BYTES = writer.SAVE_SECONDS = 0
+save = writer.Writer.save
+writer.Writer.save = lambda *args: (save(*args), time.sleep(0.1))[0]
 sys.exit(prepare.main(sys.argv[1:]))
 """
 ARGV = ["--name=mine", "--input", "a.jsonl", "b.txt", "--separator=\n\n", "--tokenizer=gpt2"]
