@@ -1,12 +1,13 @@
-"""GPT-2 (124M parameters) on a data set in GPT-2's tokens.
+"""GPT-2 (124M parameters) on OpenWebText.
 
-python train.py config/train_gpt2.py --dataset=NAME
+python prepare.py openwebtext
+python train.py config/train_gpt2.py       on several GPUs: docs/scale.md
 
 Hardware: a large GPU, not yet measured; nanoGPT's README has four days on eight A100s and a loss of
 2.85 for this model on OpenWebText.
 """
 
-dataset = "shakespeare"  # name a larger one: these 300,000 tokens only show that it runs
+dataset = "openwebtext"
 out_dir = "out/gpt2"
 
 block_size = 1024

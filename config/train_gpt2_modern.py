@@ -1,11 +1,12 @@
-"""GPT-2's shape with modern parts and Muon, on a data set in GPT-2's tokens.
+"""GPT-2's shape with modern parts and Muon, on FineWeb.
 
-python train.py config/train_gpt2_modern.py --dataset=NAME
+python prepare.py fineweb10B_gpt2
+python train.py config/train_gpt2_modern.py       on several GPUs: docs/scale.md
 
 Hardware: a large GPU; time and loss are not yet measured.
 """
 
-dataset = "shakespeare"  # name a larger one: these 300,000 tokens only show that it runs
+dataset = "fineweb10B_gpt2"
 out_dir = "out/gpt2_modern"
 
 block_size = 1024
