@@ -193,7 +193,7 @@ class Corpus:
             yield from self.read(file)
 
     def forget(self, notes: dict[str, int] | None = None) -> None:
-        """Begin a new iteration, with these notes."""
+        """Reset the notes before a new iteration, to `notes` or to none."""
         self.notes = Counter(notes)
         self._counted.clear()
 
@@ -233,8 +233,8 @@ class Corpus:
             raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
 
     def _blocks(self, file: File, begin: int = 0) -> Iterator[bytes]:
-        """A file as UTF-8, from an offset in that on. What is noticed counts once, when the file
-        was read to its end."""
+        """Yield a file as UTF-8, starting at offset `begin` of the UTF-8 text. Notes are counted
+        once, when the file has been read to its end."""
         if file in self._checked:  # no need to decode it again
             counts = self._checked[file]
             if not file.hub and File.at(file.path).version != file.version:

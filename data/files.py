@@ -97,7 +97,7 @@ def drop(files: list[File]) -> None:
 
 
 def _spool(word: str, downloads: Path) -> Path:
-    """Copy what can be read only once into a file."""
+    """Copy standard input or a pipe, which can be read only once, to a file."""
     downloads.mkdir(parents=True, exist_ok=True)
     source = sys.stdin.buffer if word in STANDARD_INPUT else open(word, "rb")
     digest, path = hashlib.sha256(), downloads / f"stdin.{os.getpid()}"

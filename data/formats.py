@@ -125,7 +125,7 @@ def is_stored_as_utf8(path: Path, encoding: str) -> bool:
 
 
 def decompressed(file: BinaryIO, path: Path, name: str) -> BinaryIO:
-    """The content of a file that is open. Messages call it `name`."""
+    """Wrap an open file so that reading it decompresses it. Error messages call it `name`."""
     head = file.read(8)
     file.seek(0)
     for magic, module in COMPRESSIONS.items():

@@ -34,7 +34,7 @@ class Text(NamedTuple):
 
 
 class UnknownText(Exception):
-    """The vocabulary lacks characters (`error`) of the batch's text `number`."""
+    """Text `number` of a batch has characters outside the vocabulary; `error` says which."""
 
     def __init__(self, number: int, error: UnknownCharacters):
         super().__init__(number, error)
@@ -118,7 +118,7 @@ def _start() -> subprocess.Popen:
 
 
 def serve() -> None:
-    """Answer each batch on standard input with its ids, or with null if there is an error."""
+    """Read batches from standard input and write their ids, or null after an error, to stdout."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     with suppress(EOFError, BrokenPipeError):  # the process that asks has ended
@@ -127,7 +127,7 @@ def serve() -> None:
             batch = [Text(*text) for text in _read_json(requests)]
             try:
                 ids = encode_batch(tok, batch)
-            except Exception:
+            except Exception:  # whatever it is, the parent encodes this batch again and raises it
                 ids = None
             _write_ids(answers, ids)
 

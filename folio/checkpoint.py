@@ -92,7 +92,7 @@ def save(
 
 
 def in_file_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the widest elements first, so that every tensor is aligned in the file."""
+    """The tensors sorted by element size, largest first, so that each is aligned in the file."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
 
 

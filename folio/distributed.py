@@ -149,7 +149,10 @@ def on_main(context: AbstractContextManager) -> Iterator[None]:
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on all ranks. It must be possible to pickle it."""
+    """Run `work` on rank 0 and return its result on all ranks.
+
+    It is sent as a pickle, but only between the processes of one torchrun, which trust each other.
+    """
     with together():
         result = work() if is_main() else None
     if world_size() == 1:

@@ -31,7 +31,7 @@ class Scorer:
     """A model and its tokenizer: how likely are texts?"""
 
     def __init__(self, checkpoint_name: str, device: str, dtype: str, cache_dir: str = ""):
-        """Load the checkpoint that sample.py --checkpoint would load."""
+        """Load a checkpoint by any name that sample.py --checkpoint accepts."""
         ckpt = run_folder.open_checkpoint(checkpoint_name, cache_dir)
         self.model = checkpoint.build_model(ckpt).to(find_device(device))
         self.tok, self.dtype = checkpoint.load_tokenizer(ckpt), dtype

@@ -51,7 +51,7 @@ class Processes:
         )
 
     def wait(self, seconds: float = 120) -> int:
-        """Its exit code; fails, and kills everything, if it does not end in time."""
+        """Wait for the exit code. If there is none in time, kill all processes and fail."""
         try:
             self.out, self.err = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:

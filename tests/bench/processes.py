@@ -20,7 +20,7 @@ ITERS = 100
 
 
 def tokens_per_second(launcher: list[str], threads: int, folder: str, argv: list[str]) -> float:
-    """The median over the logs of a run, without the first."""
+    """The median of the speeds that a run logs, except for the first."""
     command = [*launcher, str(ROOT / "train.py"), *argv, f"--out_dir={folder}/run"]
     subprocess.run(
         [*command, f"--max_iters={ITERS}", "--log_interval=10", "--eval_interval=1000"],
