@@ -36,7 +36,7 @@ from folio import distributed, machine, metrics, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
 from folio.optim import get_lr
 from folio.options import PathStr, build_options
-from folio.run import Run, build_run
+from folio.run import EVALS, Run, build_run
 from model import GPTConfig
 
 MIN_ITERS = 100  # the smallest number of updates that --minutes chooses
@@ -62,7 +62,7 @@ class TrainConfig(GPTConfig):
 
     # when it ends: the first condition that is met
     max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: no limit
-    minutes: Annotated[float, "[0, inf)"] = 0.0  # a time budget instead, converted to updates
+    minutes: Annotated[float, "[0, inf)"] = 0.0  # a budget of wall time, converted to updates
     target_train_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated training loss; 0: none
     target_val_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated validation loss; 0: none
     patience: Annotated[int, "[0, inf)"] = 0  # evaluations without improvement; 0: no limit
@@ -363,15 +363,14 @@ def launch(run: Run, resumed_from: Path | None) -> int:
 def plan(run: Run) -> None:
     """Time an update, set the length and the intervals that are still open, print the plan."""
     cfg, progress = run.cfg, run.progress
-    seconds = run.time_update(update)
+    seconds, eval_seconds = run.time_update(update), run.time_evaluation()
     if cfg.minutes:
-        n_fit = int((60 * cfg.minutes - progress.train_seconds) / seconds)
-        max_iters = max(MIN_ITERS, progress.iter_num + n_fit)
+        max_iters = max(MIN_ITERS, progress.iter_num + run.updates_that_fit(seconds, eval_seconds))
         print(f"budget:  minutes={cfg.minutes:g} is max_iters={max_iters}, which repeats this run")
         cfg = replace(cfg, minutes=0.0, max_iters=max_iters)
     run.cfg = cfg = replace(
         cfg,
-        eval_interval=cfg.eval_interval or math.ceil(cfg.max_iters / 5) or 250,
+        eval_interval=cfg.eval_interval or math.ceil(cfg.max_iters / EVALS) or 250,
         log_interval=cfg.log_interval or math.ceil(cfg.max_iters / 100) or 10,
     )
     size = f"{cfg.batch_size} x {cfg.block_size} tokens"
@@ -381,9 +380,11 @@ def plan(run: Run) -> None:
     left = max(0, cfg.max_iters - progress.iter_num)
     tokens = left * cfg.batch_size * cfg.block_size
     epochs = tokens / len(run.dataset.train.tokens)
+    training, others = left * seconds, math.ceil(left / cfg.eval_interval) * eval_seconds
     print(
-        f"plan:    {left:,} updates of {size}, {tokens:,} in all ({epochs:.1f} epochs): "
-        f"about {metrics.format_seconds(left * seconds)} of training",
+        f"plan:    {left:,} updates of {size}, {tokens:,} in all ({epochs:.1f} epochs): about "
+        f"{metrics.format_seconds(training)} of training, {metrics.format_seconds(others)} of "
+        "evaluations",
         flush=True,
     )
 
@@ -419,6 +420,7 @@ def run_to_end(run: Run) -> int:
     if run.stopped:
         return report_stop(run)
     print(f"done:    {reason} after {progress.iter_num:,} updates")
+    run.report_overrun()
     print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
     where = "" if out_dir.parent == Path("out") else f"--checkpoint {quote(str(out_dir))} "
     print(f'next:    python sample.py {where}--prompt "{run.first_word()}"')

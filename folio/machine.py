@@ -102,7 +102,13 @@ def setup_torch(device: str, dtype: str, deterministic: bool, threads: int | Non
     torch.backends.cuda.matmul.allow_tf32 = dtype != "float32"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    use_deterministic_algorithms(deterministic)
+
+
+def use_deterministic_algorithms(mode: bool) -> None:
+    """torch.use_deterministic_algorithms(), which takes most of a second at its first call."""
+    if torch.are_deterministic_algorithms_enabled() != mode:
+        torch.use_deterministic_algorithms(mode)
 
 
 def reuse_freed_memory() -> None:

@@ -9,6 +9,7 @@ element on its own, and a few directions dominate (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon/).
 """
 
+import inspect
 import math
 
 import torch
@@ -61,7 +62,7 @@ def make_optimizers(
         {"params": [p for p in params.values() if p.dim() == 2], "weight_decay": weight_decay},
         {"params": [p for p in params.values() if p.dim() != 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
+    adamw = AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,
         betas=(beta1, beta2),
@@ -85,7 +86,19 @@ def make_optimizers(
     return [adamw, muon]
 
 
-class Muon(torch.optim.Optimizer):
+class EagerOptimizer(torch.optim.Optimizer):
+    """Without what torch wraps around these methods for torch.compile: it imports torch._dynamo,
+    which takes most of a second."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(EagerOptimizer, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(EagerOptimizer):
     """torch.optim.Muon, with matrices of the same shape (or its transpose) processed as one batch.
 
     `n_pieces` is the number of row blocks of each parameter: 3 if it computes queries, keys and

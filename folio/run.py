@@ -28,7 +28,11 @@ from folio.options import build_options, unescape
 from folio.process import Diverged, Stopped, StopSignals
 from model import MODELS, GPTConfig, LanguageModel
 
-TRIALS, TRIAL_SECONDS = 10, 0.5  # of the timing of an update; it stops at the first limit
+EVALS = 5  # evaluations of a run with eval_interval=0
+OVERRUN = 1.1  # a run that takes more than this share of its --minutes says so
+TRIALS, TRIAL_SECONDS = 10, 0.5  # of a timing, which stops at the first limit
+TRAIN_SHARE = 4  # an evaluation reads this many times less of the training split
+SAVE_SPEED = 2**29  # bytes a second that are written to a disk, for plans
 SMALLEST_SCALE = 2**-10  # of float16's loss; if gradients overflow even then, the run diverged
 
 
@@ -80,6 +84,7 @@ class Run:
     clock: Clock
     stop: StopSignals
     stopped: signal.Signals | None = None  # the signal that ends the run, as all ranks agreed
+    budget: float = 0.0  # seconds of wall time, from --minutes; 0: none
 
     def is_due(self, interval: int) -> bool:
         """Whether iter_num is a positive multiple of the interval; 0: never."""
@@ -103,17 +108,9 @@ class Run:
 
     def evaluate(self) -> str:
         """Evaluate both splits, update `progress`, and return the losses as text."""
-        cfg, progress, val = self.cfg, self.progress, self.dataset.val
-        eval_args = {
-            "max_tokens": min(cfg.eval_tokens, len(val.tokens)),
-            "batch_size": cfg.micro_batch_size,
-            "device": cfg.device,
-            "dtype": cfg.dtype,
-            "check": self.check_stop,
-        }
-        train_loss = split_loss(self.model, self.dataset.train, **eval_args)
-        val_loss = split_loss(self.model, val, **eval_args)
-        progress.train_loss, progress.val_loss = train_loss, val_loss
+        progress, val = self.progress, self.dataset.val
+        losses = [self._loss(split, n, self.check_stop) for split, n in self._evaluated()]
+        progress.train_loss, progress.val_loss = losses
         progress.eval_iter = progress.iter_num
         if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
             progress.best_val_loss, progress.evals_since_best = progress.val_loss, 0
@@ -123,6 +120,17 @@ class Run:
         bits = val.bits_per_byte(progress.val_loss)
         return text if bits is None else f"{text} ({bits:.3f} bits per byte)"
 
+    def _evaluated(self) -> list[tuple[bins.Split, int]]:
+        """What an evaluation reads: the splits, and how many tokens of each."""
+        train, val = self.dataset.train, self.dataset.val
+        n = min(self.cfg.eval_tokens, len(val.tokens))
+        return [(train, n // TRAIN_SHARE), (val, n)]
+
+    def _loss(self, split: bins.Split, max_tokens: int, *check: Callable[[], None]) -> float:
+        cfg = self.cfg
+        size, where = cfg.micro_batch_size, (cfg.device, cfg.dtype)
+        return split_loss(self.model, split, max_tokens, size, *where, *check)
+
     def generate_samples(self) -> Iterator[str]:
         """Yield num_samples texts by the current model."""
         cfg, model = self.cfg, self.model
@@ -130,13 +138,13 @@ class Run:
         prompt = unescape(cfg.sample_prompt)
         ids = encode_prompt(self.tok, prompt, cfg.seed)
         model.eval()
-        torch.use_deterministic_algorithms(False)  # CUDA's cumsum is not; sampling trains nothing
+        machine.use_deterministic_algorithms(False)  # CUDA's cumsum is not; sampling trains nothing
         try:
             for samples in batches(model, len(ids), cfg.num_samples, cfg.sample_tokens):
                 texts = generate_texts(model, self.tok, ids, sampling, samples, self.stop.check)
                 yield from (prompt + text.take() for text in texts)
         finally:
-            torch.use_deterministic_algorithms(cfg.deterministic)
+            machine.use_deterministic_algorithms(cfg.deterministic)
             model.train()
 
     def check_finite(self, problem: str = "") -> None:
@@ -282,13 +290,9 @@ class Run:
         per_step = distributed.world_size() * cfg.micro_batch_size
         n_micro = cfg.batch_size // per_step
 
-        def trial(n: int) -> float:
+        def trial(n: int) -> None:
             trial_cfg = replace(cfg, batch_size=n * per_step)
-            clock = Clock(cfg.device)
-            clock.start()
             update(replace(self, cfg=trial_cfg, progress=Progress()))
-            clock.stop()
-            return distributed.maximum(clock.read()[0])  # so that all ranks make as many trials
 
         self.guard.skip_all(True)
         try:
@@ -300,15 +304,49 @@ class Run:
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"an update failed ({reason}); try --compile=False") from None
-        times = {n: [] for n in range(1, min(n_micro, 2) + 1)}
-        for n, seconds in times.items():
-            while not seconds or (len(seconds) < TRIALS and sum(seconds) < TRIAL_SECONDS):
-                seconds.append(trial(n))
+        one, two = (self._time(lambda n=n: trial(n)) if n <= n_micro else 0.0 for n in (1, 2))
         self.guard.skip_all(False)
         self.scaler.load_state_dict(scaler_state)
-        one = median(times[1])
-        two = median(times[2]) if n_micro > 1 else one
         return one + (n_micro - 1) * max(0.0, two - one)
+
+    def time_evaluation(self) -> float:
+        """Estimate the seconds of an evaluation and of the save that follows it.
+
+        One batch of the evaluation is timed. The first one compiles.
+        """
+        block_size, val = self.cfg.block_size, self.dataset.val
+        per_batch = distributed.world_size() * self.cfg.micro_batch_size * block_size
+        n_batches = sum(math.ceil(n / per_batch) for _, n in self._evaluated())
+        self._loss(val, per_batch)
+        seconds = self._time(lambda: self._loss(val, per_batch))
+        return n_batches * seconds + 12 * self.model.n_params() / SAVE_SPEED
+
+    def updates_that_fit(self, seconds: float, eval_seconds: float) -> int:
+        """How many further updates of that many seconds fit in --minutes, with the evaluations."""
+        self.read_clock()
+        self.budget = 60 * self.cfg.minutes
+        left = self.budget - self.progress.wall_seconds
+        if self.cfg.eval_interval:
+            return int(left / (seconds + eval_seconds / self.cfg.eval_interval))
+        return int((left - EVALS * eval_seconds) / seconds)
+
+    def report_overrun(self) -> None:
+        """Print it if the run took clearly longer than its --minutes."""
+        self.read_clock()
+        if self.budget and self.progress.wall_seconds > OVERRUN * self.budget:
+            took, budget = self.progress.wall_seconds / 60, self.budget / 60
+            print(f"budget:  the run took {took:.2g} minutes instead of {budget:.2g}")
+
+    def _time(self, trial: Callable[[], object]) -> float:
+        """The median seconds of a trial, repeated."""
+        times = []
+        while not times or (len(times) < TRIALS and sum(times) < TRIAL_SECONDS):
+            clock = Clock(self.cfg.device)
+            clock.start()
+            trial()
+            clock.stop()
+            times.append(distributed.maximum(clock.read()[0]))  # all ranks make as many trials
+        return median(times)
 
 
 def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:

@@ -100,3 +100,32 @@ def test_a_signal_during_the_plan_changes_nothing(
     when = "after 4 updates" if resuming else "before the first update"
     assert f"stopped: SIGTERM {when}" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [
+        ("", {}, "2000"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {"OMP_WAIT_POLICY": "active"}, None),
+        ("import torch", {}, None),  # libgomp has read its settings
+    ],
+)
+def test_waiting_threads_spin_briefly(before, given, expected):
+    """Unless the user has decided how they wait."""
+    code = f"{before}\nimport os, folio.process; print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command, env = [sys.executable, "-c", code], {**env, **given}
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == str(expected)
+
+
+def test_training_does_not_import_what_it_does_not_need(data_dir, tmp_path):
+    """torch._dynamo alone takes most of a second."""
+    argv = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", "--max_iters=2"]
+    code = f"import sys, train; train.main({argv!r}); print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(out.stdout.splitlines()[-1].split())
+    heavy = {"torch._dynamo", "torch._inductor", "sympy", "pandas", "transformers", "tiktoken"}
+    assert "torch" in loaded and not loaded & heavy

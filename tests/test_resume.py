@@ -173,6 +173,7 @@ def test_stopping_in_the_middle_of_an_evaluation(whole, data_dir, tmp_path, monk
         return split_loss(*args, **kwargs)
 
     monkeypatch.setattr(run_module, "split_loss", interrupted)
+    monkeypatch.setattr(run_module.Run, "time_evaluation", lambda _: 0.0)
     argv = [*SMALL, *OPTIONS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
     assert script.main(argv) == 143
     _, meta = load(tmp_path / "run/ckpt.safetensors")

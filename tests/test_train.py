@@ -19,9 +19,9 @@ from conftest import MODERN, ROOT, after_backward, load, write_bins
 
 import train as script
 from data import tokenizer
-from folio import checkpoint, machine
+from folio import checkpoint, machine, metrics
 from folio.checkpoint import Checkpoint
-from folio.metrics import COLUMNS
+from folio.metrics import COLUMNS, Clock
 from folio.optim import get_lr, make_optimizers
 from folio.options import build_options
 from folio.run import Run
@@ -213,17 +213,21 @@ def test_max_iters_0_runs_until_a_condition_is_met(train_small, capsys, argv, wh
 
 
 @pytest.fixture
-def slow_updates(monkeypatch):
-    """As if every update took 50 ms."""
+def slow(monkeypatch):
+    """As if an update took 50 ms, an evaluation 200 ms, and all before the plan 500 ms."""
     monkeypatch.setattr(Run, "time_update", lambda *_: 0.05)
+    monkeypatch.setattr(Run, "time_evaluation", lambda _: 0.2)
+    monkeypatch.setattr(Clock, "read", lambda _: (0.0, 0.5))
+    monkeypatch.setattr(metrics.Log, "tokens_per_second", lambda *_: 1.0)
 
 
-def test_minutes_fix_the_number_of_updates(train_small, resume_run, slow_updates, capsys):
+def test_minutes_fix_the_number_of_updates(train_small, resume_run, slow, capsys):
     """The schedule, the intervals and a resume follow that number."""
-    budget = ("--minutes=0.1", "--eval_interval=0", "--log_interval=0", "--schedule=linear")
+    budget = ("--minutes=0.125", "--eval_interval=0", "--log_interval=0", "--schedule=linear")
     assert train_small(*budget, "--min_lr=0", "--snapshot_interval=50") == 0
     out = capsys.readouterr().out
-    assert "budget:  minutes=0.1 is max_iters=120" in out and "plan:    120 updates" in out
+    assert "budget:  minutes=0.125 is max_iters=120" in out and "plan:    120 updates" in out
+    assert "6 s of training, 1 s of evaluations" in out
     table = rows()
     assert [int(r["iter_num"]) for r in table if r["val_loss"]] == [24, 48, 72, 96, 120]
     assert [int(r["iter_num"]) for r in table if r["loss"]] == list(range(2, 121, 2))
@@ -238,18 +242,40 @@ def test_minutes_fix_the_number_of_updates(train_small, resume_run, slow_updates
     assert same(weights("run/ckpt.safetensors"), weights("fixed/ckpt.safetensors"))
 
 
-def test_however_short_the_minutes_there_are_100_updates(train_small, slow_updates):
-    assert train_small("--minutes=0.001", "--eval_interval=50") == 0
+def test_however_short_the_minutes_there_are_100_updates(train_small, capsys):
+    """And a line says that they took longer."""
+    assert train_small("--minutes=0.0001", "--eval_interval=50") == 0
     assert int(rows()[-1]["iter_num"]) == 100
+    assert "minutes instead of 0.0001" in capsys.readouterr().out
 
 
-def test_of_minutes_and_max_iters_the_last_counts(train_small, resume_run, slow_updates):
-    assert train_small("--minutes=0.1", "--max_iters=3") == 0
+@pytest.mark.parametrize(("interval", "updates"), [(4, 115), (40, 209), (1000, 229)])
+def test_minutes_count_evaluations_in(train_small, slow, interval, updates):
+    """Of twelve seconds; an evaluation takes as long as four updates."""
+    assert train_small("--minutes=0.2", f"--eval_interval={interval}", "--eval_tokens=64") == 0
+    assert json.loads(Path("run/run.json").read_text())["options"]["max_iters"] == updates
+
+
+def test_of_minutes_and_max_iters_the_last_counts(train_small, resume_run, slow):
+    assert train_small("--minutes=0.125", "--max_iters=3") == 0
     assert int(rows()[-1]["iter_num"]) == 3
-    assert train_small("--max_iters=3", "--minutes=0.1") == 0
+    assert train_small("--max_iters=3", "--minutes=0.125", "--eval_interval=0") == 0
     assert int(rows()[-1]["iter_num"]) == 120
     assert resume_run("--max_iters=125") == 0
     assert int(rows()[-1]["iter_num"]) == 125
+
+
+def test_the_estimate_of_an_evaluation_is_that_of_all_its_batches(train_small, monkeypatch):
+    """A batch takes a second: 32 of the validation split, and a quarter of that of the other."""
+    monkeypatch.setattr(Run, "_time", lambda *_: 1.0)
+    estimates = []
+    estimate = Run.time_evaluation
+    monkeypatch.setattr(
+        Run, "time_evaluation", lambda run: estimates.append(estimate(run)) or estimates[-1]
+    )
+    size = ("--batch_size=4", "--micro_batch_size=2", "--block_size=16", "--eval_tokens=1024")
+    assert train_small(*size, "--max_iters=1") == 0
+    assert estimates == [pytest.approx(32 + 8, abs=0.1)]
 
 
 def test_a_loss_of_zero_is_a_loss(train_small, resume_run, capsys):
