@@ -163,7 +163,7 @@ def test_it_keeps_what_autocast_computes_in(dtype):
     assert cache.keys[0].dtype == dtype
 
 
-@pytest.mark.parametrize("config", [SMALL, MODERN])
+@pytest.mark.parametrize("config", [SMALL, MODERN, replace(SMALL, n_layer=1, n_embd=256)])
 @pytest.mark.parametrize("dtype, within", [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_the_fast_layout_gives_the_same_logits(config, dtype, within):
     model, idx = lively(config).float(), torch.randint(65, (3, SIZE))
