@@ -53,7 +53,7 @@ class EvaluateConfig:
     data_dir: PathStr = "data"  # downloads are stored in its folder .downloads
 
     # the model
-    checkpoint: PathStr = ""  # checkpoint, run's or transformers' folder, Hub id; empty: newest run
+    checkpoint: PathStr = ""  # file, folder or Hub id; a,b: their mean; empty: the newest run
     cache_dir: PathStr = ""  # folder for models of the Hub; empty: Hugging Face's default cache
     device: str = "auto"  # cuda, mps, cpu; auto: the first that exists
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of matrix products

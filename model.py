@@ -303,13 +303,18 @@ class GPT(LanguageModel):
                 p.normal_(0, 0.02)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        teacher_probs: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (logits, None), or (None, loss) if targets are given.
 
         idx and targets are (B, T), logits (B, T, V); T is at most block_size. The loss is the mean
-        cross-entropy in nats per token over the targets that are not -1. With a cache, idx follows
-        the tokens in it, and only the logits of the last token are returned: (B, 1, V).
+        cross-entropy in nats per token over the targets that are not -1, averaged with that of
+        teacher_probs (B, T, V) if these are given. With a cache, idx follows the tokens in it, and
+        only the logits of the last token are returned: (B, 1, V).
         """
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
@@ -328,7 +333,7 @@ class GPT(LanguageModel):
         x = self.ln_f(x)
         if targets is None:
             return self.lm_head(x), None
-        return None, token_loss(x, self.lm_head.weight, targets)
+        return None, token_loss(x, self.lm_head.weight, targets, teacher_probs)
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token, forward and backward.

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
-from folio import checkpoint, run_folder
+from folio import run_folder
+from folio.ensemble import Ensemble, load_models
 from folio.generation import (
     CHUNK_TOKENS,
     Sampling,
@@ -41,7 +42,7 @@ from folio.generation import (
 )
 from folio.machine import find_device
 from folio.options import PathStr, build_options, expand_path, read_options, unescape
-from model import GPT, LanguageModel
+from model import Bigram, LanguageModel
 
 
 @dataclass
@@ -54,7 +55,7 @@ class SampleConfig(Sampling):
     interactive: bool = False  # read prompts from the terminal instead
 
     # the model
-    checkpoint: PathStr = ""  # checkpoint, run's or transformers' folder, Hub id; empty: newest run
+    checkpoint: PathStr = ""  # file, folder or Hub id; a,b: their mean; empty: the newest run
     cache_dir: PathStr = ""  # folder for models of the Hub; empty: Hugging Face's default cache
     device: str = "auto"  # cuda, mps, cpu; auto: the first that exists
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is faster
@@ -75,16 +76,16 @@ def main(argv: list[str]) -> None:
     prompt = read_prompt(options.prompt)
     options.stop = tuple(map(unescape, options.stop))
     name = options.checkpoint or str(run_folder.newest_run(Path("out")))
-    ckpt = run_folder.open_checkpoint(name, options.cache_dir)
-    model = checkpoint.build_model(ckpt).to(device)
+    model, tok, ckpt = load_models(name, options.cache_dir)
+    model.to(device)
     prepare_for_sampling(model, options.dtype)
-    tok = checkpoint.load_tokenizer(ckpt)
     ids = encode_prompt(tok, prompt, options.seed)
 
     iter_num, val_loss = (ckpt.meta["progress"].get(key) for key in ("iter_num", "val_loss"))
     iteration = "" if iter_num is None else f"iteration {iter_num}, "
     loss = f"validation loss {val_loss:.4f}, " if type(val_loss) is float else ""
-    print(f"{name}: {iteration}{loss}{device}", file=sys.stderr)
+    about = "the mean of several models, " if isinstance(model, Ensemble) else iteration + loss
+    print(f"{name}: {about}{device}", file=sys.stderr)
     if not options.interactive:
         return print_samples(model, tok, prompt, ids, options)
     print("type a prompt and press Enter; Ctrl-D ends (Windows: Ctrl-Z)", file=sys.stderr)
@@ -124,7 +125,7 @@ def print_samples(
 ) -> None:
     """Generate from the prompt's `ids` (T,), to the terminal or to --output."""
     longest = model.config.block_size
-    if isinstance(model, GPT) and len(ids) > longest:
+    if not isinstance(model, Bigram) and len(ids) > longest:
         shortened = f"the prompt has {len(ids)} tokens; only the last {longest} are used"
         print(shortened, file=sys.stderr)
     if options.output:

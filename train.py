@@ -59,6 +59,7 @@ class TrainConfig(GPTConfig):
     checkpoint: PathStr = ""  # with resume: the checkpoint to resume from; empty: the latest
     out_dir: PathStr = "out/run"  # the run's folder; an older run there is moved aside
     seed: Annotated[int, "[0, inf)"] = 1337  # seed of the weights, the data order, and dropout
+    teacher: str = ""  # models a,b to learn from: half of the loss is with their probabilities
 
     # when it ends: the first condition that is met
     max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: no limit
@@ -109,6 +110,8 @@ class TrainConfig(GPTConfig):
         startup.check_batch_size(self.batch_size, self.micro_batch_size)
         if self.fsdp and self.optimizer == "muon":
             raise ValueError("fsdp shards the matrices, which Muon needs whole; use adamw")
+        if self.teacher and self.model == "bigram":
+            raise ValueError("a bigram model cannot learn from a teacher")
         ends = (self.target_train_loss, self.target_val_loss, self.patience)
         if self.max_iters == 0 and not self.minutes and not any(ends):
             raise ValueError(
@@ -151,8 +154,9 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
         idx, targets = get_batch(run.dataset.train, starts, cfg.block_size, cfg.device)  # (B, T)
         seed_dropout(cfg.seed, first)
         distributed.set_gradient_sync(run.trained, micro_step == n_micro - 1)
+        lesson = run.teach(idx)  # {} without a teacher
         with autocast(cfg.device, cfg.dtype):
-            _, micro_loss = run.trained(idx, targets)
+            _, micro_loss = run.trained(idx, targets, **lesson)
         micro_loss = micro_loss / n_micro
         run.scaler.scale(micro_loss).backward()  # accumulates gradients
         loss += micro_loss.detach() / world_size

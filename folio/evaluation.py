@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from folio import checkpoint, run_folder
 from folio.batch import autocast
+from folio.ensemble import load_models
 from folio.generation import encode_prompt
 from folio.machine import find_device
 
@@ -31,10 +31,9 @@ class Scorer:
     """A model and its tokenizer: how likely are texts?"""
 
     def __init__(self, checkpoint_name: str, device: str, dtype: str, cache_dir: str = ""):
-        """Load a checkpoint by any name that sample.py --checkpoint accepts."""
-        ckpt = run_folder.open_checkpoint(checkpoint_name, cache_dir)
-        self.model = checkpoint.build_model(ckpt).to(find_device(device))
-        self.tok, self.dtype = checkpoint.load_tokenizer(ckpt), dtype
+        """Load the models of any name that sample.py --checkpoint accepts."""
+        model, self.tok, _ = load_models(checkpoint_name, cache_dir)
+        self.model, self.dtype = model.to(find_device(device)), dtype
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The ids of both. Whitespace at the end of the context becomes part of the continuation.

@@ -73,14 +73,23 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(-1) @ v).view(B, n_head, T, D)
 
 
-def token_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, teacher_probs: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy in nats of the logits x weight^T over the targets that are not -1.
 
-    x (B, T, C), weight (V, C), targets (B, T). With 50,257 ids it is 2.4 times faster on a CPU
-    than the plain form, and needs no float32 copy of the logits. Under torch.compile the plain form
-    is faster, and compiles in a tenth of the time.
+    x (B, T, C), weight (V, C), targets (B, T). With teacher_probs (B, T, V), the mean of that and
+    of the cross-entropy with these probabilities (Hinton et al. 2015, "Distilling").
+
+    Without them and with 50,257 ids it is 2.4 times faster on a CPU than the plain form, and needs
+    no float32 copy of the logits. Under torch.compile the plain form is faster, and compiles in a
+    tenth of the time.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
+    if teacher_probs is not None:
+        logits = F.linear(x, weight).float()
+        taught = F.cross_entropy(logits, teacher_probs.flatten(0, 1))
+        return (F.cross_entropy(logits, targets, ignore_index=-1) + taught) / 2
     if torch.compiler.is_compiling():
         return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
     return TokenLoss.apply(x, weight, targets, torch.is_grad_enabled())

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
+from folio.ensemble import Ensemble
 from folio.fast import pack
 from folio.machine import available_memory, fast_dtype
-from model import GPT, GPTConfig, LanguageModel
+from model import GPT, Bigram, GPTConfig, LanguageModel
 
 BFLOAT16_WIDTH = 256  # smallest n_embd for which bfloat16 is faster on a CPU with small batches
 CHUNK_TOKENS = 32  # tokens that are generated per sample before they are decoded
@@ -163,6 +164,10 @@ def prepare_for_sampling(model: LanguageModel, dtype: str = "auto") -> None:
 
     "auto" is bfloat16 where that is faster, float32 elsewhere.
     """
+    if isinstance(model, Ensemble):
+        for part in model.models:
+            prepare_for_sampling(part, dtype)
+        return
     device = next(model.parameters()).device
     if dtype == "auto":
         wide = device.type != "cpu" or model.config.n_embd >= BFLOAT16_WIDTH
@@ -206,7 +211,7 @@ def batches(
     """Split range(num_samples) into batches that fit in a quarter of the available memory."""
     c, n_tokens = model.config, n_prompt + max_new_tokens
     elements = 8 * c.vocab_size  # logits, and temporaries of sampling
-    if isinstance(model, GPT):
+    if not isinstance(model, Bigram):
         kv_width = 2 * c.n_layer * c.n_embd * (c.n_kv_head or c.n_head) // c.n_head
         elements += min(n_tokens, c.block_size) * (kv_width + 16 * c.n_embd)
     bytes_per_sample = 4 * elements + 40 * max_new_tokens  # the latter for random numbers and ids

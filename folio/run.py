@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn as nn
 from torch import Tensor, linalg
+from torch.nn import functional as F
 
 from data import bins, tokenizer
 from data.errors import UserError
@@ -21,6 +22,7 @@ from data.tokenizer import Tokenizer
 from folio import checkpoint, distributed, machine, run_folder
 from folio.batch import autocast, split_loss
 from folio.checkpoint import Checkpoint
+from folio.ensemble import load_teacher
 from folio.generation import Sampling, batches, encode_prompt, generate_texts
 from folio.metrics import Clock
 from folio.optim import DivergenceGuard, make_optimizers
@@ -83,6 +85,7 @@ class Run:
     progress: Progress
     clock: Clock
     stop: StopSignals
+    teacher: LanguageModel | None = None  # of --teacher, in evaluation mode
     stopped: signal.Signals | None = None  # the signal that ends the run, as all ranks agreed
     budget: float = 0.0  # seconds of wall time, from --minutes; 0: none
 
@@ -130,6 +133,17 @@ class Run:
         cfg = self.cfg
         size, where = cfg.micro_batch_size, (cfg.device, cfg.dtype)
         return split_loss(self.model, split, max_tokens, size, *where, *check)
+
+    @torch.no_grad()
+    def teach(self, idx: Tensor) -> dict[str, Tensor]:
+        """What the model's forward() takes to learn from the teacher: the probabilities (B, T, V)
+        of the token after each of idx (B, T)."""
+        if self.teacher is None:
+            return {}
+        with autocast(self.cfg.device, self.cfg.dtype):
+            logits, _ = self.teacher(idx)
+        probs = logits.float().softmax(-1)
+        return {"teacher_probs": F.pad(probs, (0, self.cfg.vocab_size - probs.shape[-1]))}
 
     def generate_samples(self) -> Iterator[str]:
         """Yield num_samples texts by the current model."""
@@ -402,6 +416,10 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
         clock=Clock(cfg.device, progress.train_seconds, progress.wall_seconds),
         stop=StopSignals(),
     )
+    if training and cfg.teacher:
+        with distributed.together():
+            run.teacher = load_teacher(cfg.teacher, cfg.cache_dir, run.tok, cfg.block_size)
+            run.teacher.to(cfg.device)
     if resuming and training:
         run.restore_optimizers(ckpt)
     with distributed.together():  # fails now if it ever will
