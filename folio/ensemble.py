@@ -31,9 +31,10 @@ class Ensemble(LanguageModel):
         self.models = nn.ModuleList(models)
         configs, first_layer = [model.config for model in models], 0
         for model in models:
-            for module in model.modules():
-                if hasattr(module, "layer"):
-                    module.layer += first_layer
+            for layer, block in enumerate(getattr(model, "h", ()), first_layer):
+                for module in block.modules():
+                    if hasattr(module, "layer"):
+                        module.layer = layer
             first_layer += model.config.n_layer
         self.config = replace(
             configs[0],
