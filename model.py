@@ -45,6 +45,7 @@ class GPTConfig:
     rotary: bool = False  # rotary positions (RoPE) instead of learned ones
     qk_norm: bool = False  # normalize queries and keys
     n_kv_head: Annotated[int, "[0, 1000]"] = 0  # key/value heads (GQA); 0: n_head
+    key_shift: bool = False  # half of each key is that of the token before
     conv: Annotated[int, "[1, 100]"] = 1  # width of a causal convolution before each MLP; 1: none
 
     def __post_init__(self):
@@ -62,24 +63,25 @@ class GPTConfig:
                 f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}; "
                 f"use one of {', '.join(divisors)}"
             )
-        if self.rotary and self.n_embd // self.n_head % 2:
-            raise ValueError(
-                f"rotary needs an even head size, but n_embd={self.n_embd} over "
-                f"n_head={self.n_head} is {self.n_embd // self.n_head}"
-            )
+        for name, divisor in (("rotary", 2), ("key_shift", 4)):
+            if getattr(self, name) and self.n_embd // self.n_head % divisor:
+                raise ValueError(
+                    f"{name} needs a head size that is a multiple of {divisor}, but n_embd="
+                    f"{self.n_embd} over n_head={self.n_head} is {self.n_embd // self.n_head}"
+                )
 
 
 class Cache(Protocol):
     """What generation keeps of earlier tokens: KVCache in folio/generation.py.
 
-    update() stores new keys and values and returns those to attend to; prepend() puts the last n
-    inputs of a convolution before x.
+    update() stores new keys and values and returns those to attend to; prepend() puts before x the
+    last n tokens' x of the same module.
     """
 
     length: int  # tokens so far
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-    def prepend(self, layer: int, x: Tensor, n: int) -> Tensor: ...
+    def prepend(self, module: nn.Module, x: Tensor, n: int) -> Tensor: ...
 
 
 class CausalSelfAttention(nn.Module):
@@ -87,7 +89,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer, self.qk_norm = layer, config.qk_norm
+        self.layer, self.qk_norm, self.key_shift = layer, config.qk_norm, config.key_shift
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_dim = config.n_embd // config.n_head
         n_vectors = self.n_head + 2 * self.n_kv_head  # queries, keys, values
@@ -103,11 +105,24 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             qk = rotate(qk, rope)
         q, k = qk.split_with_sizes((self.n_head, self.n_kv_head), dim=2)
+        if self.key_shift:
+            k = self.shift_half(k, cache)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = attention(q, k, v)  # (B, n_head, T, head_dim)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def shift_half(self, k: Tensor, cache: Cache | None) -> Tensor:
+        """Replace half of the elements of k (B, T, heads, head_dim) by those of the token before.
+
+        A key then also tells what came before its token, so that one layer can find where the last
+        tokens occurred before and what followed ("induction heads", Olsson et al. 2022), which
+        takes two layers otherwise. RoPE's pairs, j and j + head_dim / 2, stay together.
+        """
+        kept, moved = k.unflatten(-1, (2, 2, -1)).unbind(-2)  # (B, T, heads, 2, head_dim / 4)
+        moved = previous(self, moved, 1, cache)[:, :-1]
+        return torch.stack((kept, moved), dim=-2).flatten(-3)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -126,6 +141,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if n_shared > 1:  # stack the query heads that share a key/value head as if they were tokens
         q = q.reshape(B, -1, n_shared, D)
     return F.scaled_dot_product_attention(q, k, v).reshape(B, n_head, 1, D)
+
+
+def previous(module: nn.Module, x: Tensor, n: int, cache: Cache | None) -> Tensor:
+    """x (B, T, ...) of a module after its last n tokens' x, which are zero before the first."""
+    if cache is not None:
+        return cache.prepend(module, x, n)
+    return torch.cat((x.new_zeros(x.shape[0], n, *x.shape[2:]), x), dim=1)
 
 
 def rope_cos_sin(positions: Tensor, head_dim: int) -> Rope:
@@ -197,16 +219,13 @@ class ShortConv(nn.Module):
     layers", Allen-Zhu 2025).
     """
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.layer = layer
         self.weight = nn.Parameter(torch.zeros(config.conv - 1, 1, config.n_embd))
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         T, n = x.shape[1], len(self.weight)
-        padded = F.pad(x, (0, 0, n, 0)) if cache is None else cache.prepend(self.layer, x, n)
-        # x is (B, T, C), padded (B, n + T, C)
-        y = x
+        padded, y = previous(self, x, n, cache), x  # (B, n + T, C), (B, T, C)
         for k, w in enumerate(self.weight.to(x.dtype), 1):
             y = torch.addcmul(y, padded[:, n - k : n - k + T], w)
         return y
@@ -218,7 +237,7 @@ class Block(nn.Module):
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
-        self.conv = ShortConv(config, layer) if config.conv > 1 else None
+        self.conv = ShortConv(config) if config.conv > 1 else None
         self.mlp = MLP(config)
         self.drop = Dropout(config.dropout)
 

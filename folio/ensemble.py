@@ -32,9 +32,7 @@ class Ensemble(LanguageModel):
         configs, first_layer = [model.config for model in models], 0
         for model in models:
             for layer, block in enumerate(getattr(model, "h", ()), first_layer):
-                for module in block.modules():
-                    if hasattr(module, "layer"):
-                        module.layer = layer
+                block.attn.layer = layer
             first_layer += model.config.n_layer
         self.config = replace(
             configs[0],

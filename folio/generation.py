@@ -40,7 +40,7 @@ class Sampling:
 
 
 class KVCache:
-    """Keys and values of the last `size` tokens of B texts, and the last inputs of convolutions.
+    """Keys and values of the last `size` tokens of B texts, and what modules need of the last ones.
 
     It is a ring buffer: token i of a text is in slot i % size. `length` is the number of tokens so
     far; GPT.forward() advances it after the last layer, and setting it to 0 empties the cache. All
@@ -50,7 +50,8 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, B: int, size: int):
         self.B, self.size, self.length = B, size, 0
-        self.keys, self.values, self.conv_inputs = ([None] * config.n_layer for _ in range(3))
+        self.keys, self.values = ([None] * config.n_layer for _ in range(2))
+        self.last = {}  # module -> its last inputs
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v of new tokens; return the keys and values that they attend to.
@@ -72,12 +73,12 @@ class KVCache:
         n_used = min(self.length + 1, self.size)
         return keys.narrow(2, 0, n_used), values.narrow(2, 0, n_used)
 
-    def prepend(self, layer: int, x: Tensor, n: int) -> Tensor:
-        """Prepend the previous n inputs to x (B or 1, T, C), or zeros if there are none."""
-        if self.conv_inputs[layer] is None:
-            self.conv_inputs[layer] = x.new_empty(self.B, n, x.shape[2])
-        stored = self.conv_inputs[layer]
-        before = stored if self.length else x.new_zeros(x.shape[0], n, x.shape[2])
+    def prepend(self, module: nn.Module, x: Tensor, n: int) -> Tensor:
+        """Prepend the module's previous n to x (B or 1, T, ...), or zeros if there are none."""
+        if module not in self.last:
+            self.last[module] = x.new_empty(self.B, n, *x.shape[2:])
+        stored = self.last[module]
+        before = stored if self.length else x.new_zeros(x.shape[0], n, *x.shape[2:])
         padded = torch.cat((before, x), dim=1)
         stored.copy_(padded[:, -n:])
         return padded

@@ -227,7 +227,7 @@ def config_to_gpt2(config: GPTConfig) -> dict:
     defaults = GPTConfig()
     foreign = [
         f"{name}={getattr(config, name)}"
-        for name in ("norm", "rotary", "qk_norm", "n_kv_head", "conv")
+        for name in ("norm", "rotary", "qk_norm", "n_kv_head", "key_shift", "conv")
         if getattr(config, name) != getattr(defaults, name)
     ]
     if config.activation not in ACTIVATIONS:

@@ -27,7 +27,8 @@ SMALL = (
 ).split()
 # and with every part that is not GPT-2's
 MODERN = (
-    "--activation=relu2 --norm=rmsnorm --rotary --qk_norm --n_kv_head=1 --conv=3 --optimizer=muon"
+    "--activation=relu2 --norm=rmsnorm --rotary --qk_norm --n_kv_head=1 --key_shift --conv=3 "
+    "--optimizer=muon"
 ).split()
 
 needs_shakespeare = pytest.mark.skipif(

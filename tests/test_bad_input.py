@@ -107,7 +107,8 @@ CASES = (
         # what does not go together
         (training.main, "--n_embd=30 --n_head=4", "is not a multiple of n_head=4; use n_embd=28 or 32"),
         (training.main, "--n_embd=6 --n_head=12", "use n_embd=12"),
-        (training.main, "--n_embd=6 --n_head=2 --rotary", "needs an even head size"),
+        (training.main, "--n_embd=6 --n_head=2 --rotary", "rotary needs a head size that is a multiple of 2"),
+        (training.main, "--n_embd=12 --n_head=2 --key_shift", "key_shift needs a head size that is a multiple of 4"),
         (training.main, "--n_kv_head=-1", "n_kv_head must be"),
         (training.main, "--optimizer=sgd", "optimizer must be one of adamw, muon"),
         (training.main, "--optimizer=muon --muon_lr=0", "muon_lr must be"),

@@ -249,7 +249,7 @@ def test_newer_parts_are_refused_by_name(train_small, capsys):
     assert train_small("--max_iters=1", "--num_samples=0", *MODERN) == 0
     assert convert.main(["run", "hf"]) == 2
     err = capsys.readouterr().err
-    assert "norm=rmsnorm, rotary=True, qk_norm=True, n_kv_head=1, conv=3, " in err
+    assert "norm=rmsnorm, rotary=True, qk_norm=True, n_kv_head=1, key_shift=True, conv=3, " in err
     assert (
         "activation=relu2; a model to export must be trained without" in err
         and err.count("\n") == 1

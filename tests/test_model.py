@@ -31,6 +31,7 @@ PARTS = {
     "rotary": True,
     "qk_norm": True,
     "n_kv_head": 2,
+    "key_shift": True,
     "conv": 3,
 }
 MODERN = replace(SMALL, **PARTS)
@@ -186,6 +187,34 @@ def test_the_convolution_is_what_its_formula_says():
     assert torch.allclose(y[:, 9], x[:, 9] + one * x[:, 8] + two * x[:, 7])
     fresh = GPT(replace(SMALL, conv=3)).h[0].conv
     assert torch.equal(fresh(x.float()), x.float()), "at first it changes nothing"
+
+
+def test_half_of_each_key_is_that_of_the_token_before():
+    """Of RoPE's pairs, j and j + 16, either both elements or none."""
+    attn, k = GPT(replace(SMALL, key_shift=True)).h[0].attn, torch.randn(2, 10, 4, 32)
+    shifted = attn.shift_half(k, None)
+    for kept, moved in ((slice(0, 8), slice(8, 16)), (slice(16, 24), slice(24, 32))):
+        assert torch.equal(shifted[..., kept], k[..., kept])
+        assert torch.equal(shifted[:, 1:, :, moved], k[:, :-1, :, moved])
+        assert not shifted[:, 0, :, moved].any()
+
+
+def test_a_layer_with_shifted_keys_attends_to_what_followed_the_same_token():
+    """Which is what it takes to continue a text that is repeated."""
+    attn = GPT(replace(SMALL, n_head=1, n_embd=32, key_shift=True)).h[0].attn
+    tokens = torch.tensor([3, 1, 4, 5, 9, 2, 6, 1])  # the last one was followed by a 4
+    x = F.one_hot(tokens, 32).float()[None]
+    with torch.no_grad():
+        attn.c_attn.weight.zero_()
+        attn.c_attn.bias.zero_()
+        moved = torch.arange(8, 16)  # these elements of a key are the token before it
+        attn.c_attn.weight[moved, torch.arange(8)] = 50.0  # queries
+        attn.c_attn.weight[32 + moved, torch.arange(8)] = 1.0  # keys
+        attn.c_attn.weight[64 + torch.arange(32), torch.arange(32)] = 1.0  # values
+        attn.c_proj.weight.copy_(torch.eye(32))
+        attn.c_proj.bias.zero_()
+        y = attn(x)[0, -1]
+    assert y.argmax() == 4 and y[4] > 0.9
 
 
 def test_heads_share_keys_and_values():
