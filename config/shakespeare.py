@@ -11,7 +11,7 @@ out_dir = "out/shakespeare"
 n_layer, n_head, n_embd, block_size = 4, 2, 128, 128
 dropout = 0.1
 activation, bias = "gelu", False
-rotary, qk_norm, conv = True, True, 3
+rotary, qk_norm, key_shift, conv = True, True, True, 3
 
 batch_size = 16
 max_iters = 300

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -32,7 +32,8 @@ from model import MODELS, GPTConfig, LanguageModel
 
 EVALS = 5  # evaluations of a run with eval_interval=0
 OVERRUN = 1.1  # a run that takes more than this share of its --minutes says so
-TRIALS, TRIAL_SECONDS = 10, 0.5  # of a timing, which stops at the first limit
+TRIALS, TRIAL_SECONDS = 10, 0.5  # of a timing, which stops at the first limit;
+BUDGET_SHARE, BUDGET_SECONDS = 0.02, 3.0  # with --minutes at the smaller of these
 TRAIN_SHARE = 4  # an evaluation reads this many times less of the training split
 SAVE_SPEED = 2**29  # bytes a second that are written to a disk, for plans
 SMALLEST_SCALE = 2**-10  # of float16's loss; if gradients overflow even then, the run diverged
@@ -352,15 +353,17 @@ class Run:
             print(f"budget:  the run took {took:.2g} minutes instead of {budget:.2g}")
 
     def _time(self, trial: Callable[[], object]) -> float:
-        """The median seconds of a trial, repeated."""
-        times = []
-        while not times or (len(times) < TRIALS and sum(times) < TRIAL_SECONDS):
+        """The mean seconds of a trial, repeated."""
+        trials, seconds, times = TRIALS, TRIAL_SECONDS, []
+        if self.cfg.minutes:
+            trials, seconds = math.inf, min(BUDGET_SHARE * 60 * self.cfg.minutes, BUDGET_SECONDS)
+        while not times or (len(times) < trials and sum(times) < seconds):
             clock = Clock(self.cfg.device)
             clock.start()
             trial()
             clock.stop()
             times.append(distributed.maximum(clock.read()[0]))  # all ranks make as many trials
-        return median(times)
+        return mean(times)
 
 
 def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
