@@ -18,10 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sampling import SHAPES, N, seconds  # isort: skip  (first: it sets up OpenMP as the scripts do)
 import torch
 from contention import BUSY
 from nanogpt_cpu import EITHER, RECIPES, train_nanogpt
-from sampling import SHAPES, N, seconds
 from shakespeare import ROOT, prepare, run, train
 from time_to_loss import ROWS
 

@@ -20,11 +20,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from folio import process  # noqa: E402, F401, I001  (before torch, as in the scripts)
+import torch  # noqa: E402
 from folio.generation import generate, prepare_for_sampling  # noqa: E402
 from folio.machine import find_device  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
