@@ -140,7 +140,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v)
     if n_shared > 1:  # stack the query heads that share a key/value head as if they were tokens
         q = q.reshape(B, -1, n_shared, D)
-    return F.scaled_dot_product_attention(q, k, v).reshape(B, n_head, 1, D)
+    return F.scaled_dot_product_attention(q.to(k.dtype), k, v).to(q.dtype).reshape(B, n_head, 1, D)
 
 
 def previous(module: nn.Module, x: Tensor, n: int, cache: Cache | None) -> Tensor:

@@ -44,8 +44,7 @@ class KVCache:
 
     It is a ring buffer: token i of a text is in slot i % size. `length` is the number of tokens so
     far; GPT.forward() advances it after the last layer, and setting it to 0 empties the cache. All
-    texts may share one prompt, given as a batch of 1. Buffers are allocated on first use, in the
-    dtype that the model computes in.
+    texts may share one prompt, given as a batch of 1. Buffers are allocated on first use.
     """
 
     def __init__(self, config: GPTConfig, B: int, size: int):
@@ -64,7 +63,9 @@ class KVCache:
         assert T == 1 or self.length == 0
         if self.keys[layer] is None:
             shape = (self.B, k.shape[1], self.size, k.shape[3])
-            self.keys[layer], self.values[layer] = k.new_empty(shape), v.new_empty(shape)
+            # a CPU attends from one token four times as fast in float32 as in bfloat16
+            dtype = torch.float32 if k.device.type == "cpu" and k.dtype.itemsize < 4 else k.dtype
+            self.keys[layer], self.values[layer] = (k.new_empty(shape, dtype=dtype) for _ in "kv")
         keys, values, slot = self.keys[layer], self.values[layer], self.length % self.size
         keys.narrow(2, slot, T).copy_(k)
         values.narrow(2, slot, T).copy_(v)

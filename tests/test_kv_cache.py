@@ -44,6 +44,10 @@ def generated(model, idx, n, **options):
     return torch.stack(list(generate(model, idx, uniforms, **options)), dim=1)
 
 
+def itemsize(dtype):
+    return dtype.itemsize
+
+
 def feed(model, idx, start):
     """Logits (B, V) after start, start + 1, ... tokens of idx (B, T), by a cache."""
     cache = KVCache(model.config, len(idx), idx.shape[1])
@@ -155,12 +159,13 @@ def test_the_bigram_needs_no_cache():
     assert len(expected.unique()) > 20
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_it_keeps_what_autocast_computes_in(dtype):
-    model, idx = lively(replace(MODERN, conv=3)).float(), torch.randint(65, (2, 20))
-    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        _, cache = feed(model, idx, 10)
-    assert cache.keys[0].dtype == dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_it_keeps_float32_at_least_on_a_cpu(dtype):
+    model, idx = lively(replace(MODERN, conv=3)).to(dtype), torch.randint(65, (2, 20))
+    with torch.inference_mode():
+        logits, cache = feed(model, idx, 10)
+    assert cache.keys[0].dtype == cache.values[1].dtype == max(dtype, torch.float32, key=itemsize)
+    assert logits[-1].dtype == dtype
 
 
 @pytest.mark.parametrize("config", [SMALL, MODERN, replace(SMALL, n_layer=1, n_embd=256)])
