@@ -154,7 +154,7 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
         idx, targets = get_batch(run.dataset.train, starts, cfg.block_size, cfg.device)  # (B, T)
         seed_dropout(cfg.seed, first)
         distributed.set_gradient_sync(run.trained, micro_step == n_micro - 1)
-        lesson = run.teach(idx)  # {} without a teacher
+        lesson = run.teach(idx)
         with autocast(cfg.device, cfg.dtype):
             _, micro_loss = run.trained(idx, targets, **lesson)
         micro_loss = micro_loss / n_micro

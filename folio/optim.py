@@ -87,8 +87,8 @@ def make_optimizers(
 
 
 class EagerOptimizer(torch.optim.Optimizer):
-    """Without what torch wraps around these methods for torch.compile: it imports torch._dynamo,
-    which takes most of a second."""
+    """An optimizer that is never compiled. torch wraps these methods for torch.compile, and the
+    wrappers import torch._dynamo, which takes most of a second."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)

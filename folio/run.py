@@ -137,8 +137,8 @@ class Run:
 
     @torch.no_grad()
     def teach(self, idx: Tensor) -> dict[str, Tensor]:
-        """What the model's forward() takes to learn from the teacher: the probabilities (B, T, V)
-        of the token after each of idx (B, T)."""
+        """The teacher's probabilities of the next tokens (B, T, V), as an argument of forward();
+        {} without a teacher."""
         if self.teacher is None:
             return {}
         with autocast(self.cfg.device, self.cfg.dtype):
