@@ -97,7 +97,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, rope: Rope | None = None, cache: Cache | None = None) -> Tensor:
-        B, T, C = x.shape
+        q, k, v = self.queries_keys_values(x, rope, cache)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = attention(q, k, v)  # (B, n_head, T, head_dim)
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+    def queries_keys_values(
+        self, x: Tensor, rope: Rope | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, ...]:
+        """q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) of x (B, T, C)."""
+        B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)
         qk, v = qkv.split_with_sizes((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
         if self.qk_norm:
@@ -107,11 +117,7 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.split_with_sizes((self.n_head, self.n_kv_head), dim=2)
         if self.key_shift:
             k = self.shift_half(k, cache)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, head_dim)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = attention(q, k, v)  # (B, n_head, T, head_dim)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return tuple(part.transpose(1, 2) for part in (q, k, v))
 
     def shift_half(self, k: Tensor, cache: Cache | None) -> Tensor:
         """Replace half of the elements of k (B, T, heads, head_dim) by those of the token before.
