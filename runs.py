@@ -16,7 +16,7 @@ from typing import Literal
 
 from data import bins
 from data.errors import UserError
-from folio import checkpoint, metrics, run_folder
+from folio import checkpoint, plot, run_folder
 from folio.checkpoint import Checkpoint
 from folio.options import PathStr, PathStrs, build_options, read_options
 
@@ -70,7 +70,7 @@ def plot_runs(paths: list[Path], output: Path) -> int:
     for path in paths:
         if not (path / "metrics.csv").is_file():
             raise UserError(f"{path} is not a run's folder: it has no metrics.csv")
-    metrics.plot_runs(paths, output)
+    plot.plot_runs(paths, output)
     print(f"saved:   {output}")
     return 0
 

@@ -32,14 +32,13 @@ from torch import Tensor
 
 from data import bins
 from data.errors import UserError
-from folio import distributed, machine, metrics, run_folder, startup
+from folio import distributed, machine, metrics, plan, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
 from folio.optim import get_lr
 from folio.options import PathStr, build_options
-from folio.run import EVALS, Run, build_run
+from folio.plot import plot_losses
+from folio.run import Run, build_run
 from model import GPTConfig
-
-MIN_ITERS = 100  # the smallest number of updates that --minutes chooses
 
 
 @dataclass
@@ -85,6 +84,7 @@ class TrainConfig(GPTConfig):
     eval_interval: Annotated[int, "[0, inf)"] = 250  # updates between evaluations; 0: max_iters / 5
     eval_tokens: Annotated[int, "[1, inf)"] = 2**20  # evaluate at most this many tokens of a split
     eval_only: bool = False  # evaluate init_from, without training or saving
+    plan: bool = False  # print the run's size, memory and time, without training or saving
     log_interval: Annotated[int, "[0, inf)"] = 10  # updates between logs; 0: max_iters / 100
     snapshot_interval: Annotated[int, "[0, inf)"] = 0  # updates between snapshots; 0: none
     keep_snapshots: Annotated[int, "[0, inf)"] = 0  # number of snapshots to keep; 0: all
@@ -238,7 +238,6 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
     if not math.isfinite(progress.train_loss + progress.val_loss):
         run.check_finite(f", after which {text}")
     run.read_clock()
-    seconds = f"{progress.train_seconds:.1f} s training, {progress.wall_seconds:.1f} s in all"
     with distributed.together():
         log.write(
             **progress.cells(),
@@ -246,8 +245,21 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
             val_loss=progress.val_loss,
             val_bits_per_byte=run.dataset.val.bits_per_byte(progress.val_loss),
         )
-        metrics.print_line(f"iter {progress.iter_num:,}: {text}; {seconds}")
+        seconds = metrics.format_seconds(progress.wall_seconds)
+        log.print_state(progress.iter_num, f"{text}, {seconds}")
+        if distributed.is_main():
+            show_progress(run, log)
     run.save()
+
+
+def show_progress(run: Run, log: metrics.Log) -> None:
+    """Continue the prompt for samples.txt, and draw loss.png, if they took little time so far."""
+    if log.sampling.allows() and not run.cfg.fsdp:
+        with log.sampling.spend():
+            log.add_continuation(run.continuation())
+    if log.drawing.allows():
+        with log.drawing.spend():
+            plot_losses(Path(run.cfg.out_dir), run.baselines)
 
 
 def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
@@ -261,7 +273,7 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
     peak = machine.peak_flops(cfg.device) if cfg.dtype != "float32" else None
     flops = run.model.flops_per_token()
     mfu = speed * flops / peak / distributed.world_size() if peak and flops else None
-    text = f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
+    text = f"loss {loss:.4f}, {speed:,.0f} tokens/s"
     with distributed.together():
         log.write(
             **progress.cells(),
@@ -290,14 +302,14 @@ def main(argv: list[str]) -> int:
     with distributed.process_group():
         given, quick_start = distributed.from_main(lambda: startup.read_given(TrainConfig, argv))
         if given.get("init_from") != "resume" or given.get("eval_only"):
-            return start(given, quick_start)
+            return start(argv, given, quick_start)
         names = given.get("out_dir", ""), given.get("checkpoint", "")
         folder = distributed.from_main(lambda: startup.find_resumed(*names))
         with distributed.on_main(run_folder.lock(folder)):
-            return start({**given, "out_dir": str(folder)})
+            return start(argv, {**given, "out_dir": str(folder)})
 
 
-def start(given: dict, quick_start: bool = False) -> int:
+def start(argv: list[str], given: dict, quick_start: bool = False) -> int:
     """Check everything, then train or evaluate; return the exit code."""
     ckpt, resuming = startup.load_start(given), given.get("init_from") == "resume"
     with distributed.together():
@@ -335,10 +347,10 @@ def start(given: dict, quick_start: bool = False) -> int:
         return 0
     resumed_from = ckpt.path if resuming else None
     del ckpt  # its tensors have been copied, and are as large as the run
-    return launch(run, resumed_from)
+    return launch(argv, run, resumed_from)
 
 
-def launch(run: Run, resumed_from: Path | None) -> int:
+def launch(argv: list[str], run: Run, resumed_from: Path | None) -> int:
     """Plan the run, create or reopen its folder, and train; return the exit code."""
     cfg, out_dir = run.cfg, Path(run.cfg.out_dir)
     with distributed.together():
@@ -346,51 +358,22 @@ def launch(run: Run, resumed_from: Path | None) -> int:
             run_folder.check_new_folder(out_dir)
     with run.stop:
         try:
-            plan(run)
+            plan.plan(run, update)
             with distributed.together():
                 run.check_disk()
             if run.is_stopped():
                 return report_stop(run)
+            if cfg.plan:
+                return 0
             new_folder = distributed.on_main(run_folder.new_folder(out_dir))
             with nullcontext() if resumed_from else new_folder:
                 if resumed_from:
                     run.progress = distributed.from_main(lambda: run.continue_folder(resumed_from))
                 with distributed.together():
-                    run.write_record()
+                    run.write_record(argv)
                 return run_to_end(run)
         except torch.OutOfMemoryError:
-            size = cfg.micro_batch_size
-            smaller = "model or block_size" if size == 1 else f"micro_batch_size than {size}"
-            raise UserError(f"{cfg.device} is out of memory; use a smaller {smaller}") from None
-
-
-def plan(run: Run) -> None:
-    """Time an update, set the length and the intervals that are still open, print the plan."""
-    cfg, progress = run.cfg, run.progress
-    seconds, eval_seconds = run.time_update(update), run.time_evaluation()
-    if cfg.minutes:
-        max_iters = max(MIN_ITERS, progress.iter_num + run.updates_that_fit(seconds, eval_seconds))
-        print(f"budget:  minutes={cfg.minutes:g} is max_iters={max_iters}, which repeats this run")
-        cfg = replace(cfg, minutes=0.0, max_iters=max_iters)
-    run.cfg = cfg = replace(
-        cfg,
-        eval_interval=cfg.eval_interval or math.ceil(cfg.max_iters / EVALS) or 250,
-        log_interval=cfg.log_interval or math.ceil(cfg.max_iters / 100) or 10,
-    )
-    size = f"{cfg.batch_size} x {cfg.block_size} tokens"
-    if cfg.max_iters == 0:
-        print(f"plan:    updates of {size}, {seconds:.2g} s each, until a condition is met")
-        return
-    left = max(0, cfg.max_iters - progress.iter_num)
-    tokens = left * cfg.batch_size * cfg.block_size
-    epochs = tokens / len(run.dataset.train.tokens)
-    training, others = left * seconds, math.ceil(left / cfg.eval_interval) * eval_seconds
-    print(
-        f"plan:    {left:,} updates of {size}, {tokens:,} in all ({epochs:.1f} epochs): about "
-        f"{metrics.format_seconds(training)} of training, {metrics.format_seconds(others)} of "
-        "evaluations",
-        flush=True,
-    )
+            raise machine.out_of_memory(cfg) from None
 
 
 def run_to_end(run: Run) -> int:
@@ -417,18 +400,26 @@ def run_to_end(run: Run) -> int:
         failure = error
     with distributed.together():
         if distributed.is_main():
-            train, val = run.dataset.train.tokens, run.dataset.val.tokens
-            metrics.plot_losses(out_dir, bins.bigram_loss(train, val, run.dataset.vocab_size))
+            plot_losses(out_dir, run.baselines)
         if failure:
             raise failure
     if run.stopped:
         return report_stop(run)
     print(f"done:    {reason} after {progress.iter_num:,} updates")
-    run.report_overrun()
-    print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, loss.png")
+    plan.report_overrun(run)
+    print_loss(run)
+    print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, samples.txt, loss.png")
     where = "" if out_dir.parent == Path("out") else f"--checkpoint {quote(str(out_dir))} "
     print(f'next:    python sample.py {where}--prompt "{run.first_word()}"')
     return 0
+
+
+def print_loss(run: Run) -> None:
+    """Print the best validation loss beside those of models that need no training."""
+    token = "character" if run.tok.meta()["kind"] == "char" else "token"
+    others = ", ".join(f"{name} {loss:.3f}" for name, loss in run.baselines.items())
+    best = run.progress.best_val_loss
+    print(f"loss:    {best:.3f} nats per {token} (validation, best); {others}")
 
 
 def report_stop(run: Run) -> int:

@@ -1,20 +1,24 @@
-"""The device: its selection, what "auto" means on it, memory estimates, and torch's settings."""
+"""The machine: its device, what "auto" means on it, memory estimates, and torch's settings."""
 
 import ctypes
 import importlib.util
 import math
 import os
+import platform
 import re
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.errors import UserError
-from folio import distributed
+from folio import __version__, distributed
 from folio.fast import MATMUL_ATTENTION_BLOCK
 from model import GPT, GPTConfig, LanguageModel
 
@@ -153,8 +157,12 @@ def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
 
 
 def memory_needed(model: LanguageModel, cfg: Any) -> int:
-    """Rough number of bytes for a process of a run with train.py's TrainConfig: of weights,
-    gradients, AdamW's moments and activations to train, of weights and logits to evaluate.
+    """Rough number of bytes for a process of a run with train.py's TrainConfig."""
+    return sum(memory_parts(model, cfg).values())
+
+
+def memory_parts(model: LanguageModel, cfg: Any) -> dict[str, int]:
+    """memory_needed() by kind. To evaluate, there are only weights, and logits as activations.
 
     docs/scale.md explains the formula.
     """
@@ -167,13 +175,35 @@ def memory_needed(model: LanguageModel, cfg: Any) -> int:
         again = {"none": 0, "half": c.n_layer // 2, "full": c.n_layer - 1}
         elements -= 14 * c.n_embd * again[cfg.activation_checkpointing]
     n_tokens = cfg.micro_batch_size * c.block_size
-    activations = n_tokens * elements * (4 if cfg.dtype == "float32" else 2)
-    state = (4 if cfg.eval_only else 16) * n_params
-    if cfg.fsdp:  # what is gathered at a time: the embeddings, and about two blocks
+    parts = {"weights": 4 * n_params}
+    if not cfg.eval_only:
+        parts |= {"gradients": 4 * n_params, "optimizer": 8 * n_params}
+    if cfg.fsdp:
+        parts = {name: n_bytes // distributed.world_size() for name, n_bytes in parts.items()}
+        # what is gathered at a time: the embeddings, and about two blocks
         in_block = sum(p.numel() for p in model.h[0].parameters()) if isinstance(model, GPT) else 0
-        gathered = n_params - in_block * c.n_layer + in_block
-        state = state // distributed.world_size() + 8 * gathered
-    return state + activations
+        parts["gathered"] = 8 * (n_params - in_block * c.n_layer + in_block)
+    parts["activations"] = n_tokens * elements * (4 if cfg.dtype == "float32" else 2)
+    return parts
+
+
+def print_size(model: LanguageModel, cfg: Any) -> None:
+    """Print a table of the parameters, and the memory that a run is expected to need."""
+    rows = {}  # the name in the table -> shape, elements, how often
+    for name, p in model.named_parameters():
+        name = re.sub(r"^h\.\d+\.", "h.*.", name)
+        count = rows[name][2] if name in rows else 0
+        rows[name] = " x ".join(map(str, p.shape)), p.numel(), count + 1
+    print(f"{'parameter':<24}{'shape':>16}{'elements':>14}{'times':>7}{'in all':>17}")
+    for name, (shape, elements, count) in rows.items():
+        print(f"{name:<24}{shape:>16}{elements:>14,}{count:>7}{elements * count:>17,}")
+    print(f"{'':<61}{model.n_params():>17,}\n")
+    parts = memory_parts(model, cfg)
+    size = f"micro-batches of {cfg.micro_batch_size} x {cfg.block_size} tokens"
+    print(f"memory (estimated, {size}), in MiB")
+    for name, n_bytes in {**parts, "": sum(parts.values())}.items():
+        print(f"  {name:<22}{n_bytes / 2**20:>16,.1f}")
+    print(flush=True)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -191,15 +221,55 @@ def available_memory(device: torch.device) -> int | None:
 
 def check_memory(model: LanguageModel, cfg: Any) -> None:
     """Raise UserError if a run with train.py's TrainConfig clearly does not fit in memory."""
-    available, needed = available_memory(torch.device(cfg.device)), memory_needed(model, cfg)
+    available = available_memory(torch.device(cfg.device)) or math.inf
     if cfg.device == "cpu":
-        needed *= distributed.local_world_size()
-    if available and needed > available:
+        available /= distributed.local_world_size()
+    needed = memory_needed(model, cfg)
+    if needed > available:
         what = "evaluation" if cfg.eval_only else "training"
-        raise UserError(
-            f"{what} needs about {needed / 2**30:,.0f} GiB and {cfg.device} has "
-            f"{available / 2**30:,.0f}: use a smaller model, micro_batch_size or block_size"
+        fits = (less for less in less_memory(cfg) if memory_needed(model, less) < available)
+        advice = _options(cfg, next(fits, cfg)) or (
+            f"a smaller block_size, or a model of less than {available / 16:,.0f} parameters"
         )
+        raise UserError(
+            f"{what} needs about {needed / 2**30:,.1f} GiB and {cfg.device} has "
+            f"{available / 2**30:,.1f} for it: use {advice}"
+        )
+
+
+def less_memory(cfg: Any) -> Iterator[Any]:
+    """TrainConfigs that train the same with less and less memory."""
+    share, size = cfg.batch_size // distributed.world_size(), cfg.micro_batch_size
+    for n in range(size // 2, 0, -1):
+        if share % n == 0:
+            yield replace(cfg, micro_batch_size=n)
+    if cfg.model == "gpt" and not cfg.eval_only:
+        for again in ("half", "full"):
+            yield replace(cfg, micro_batch_size=1, activation_checkpointing=again)
+
+
+def out_of_memory(cfg: Any) -> UserError:
+    """The error for a device that is out of memory, although the estimate fitted."""
+    less = next((less for less in less_memory(cfg) if less != cfg), cfg)
+    advice = _options(cfg, less) or "a smaller block_size or n_layer"
+    return UserError(f"{cfg.device} is out of memory: use {advice}")
+
+
+def _options(old: Any, new: Any) -> str:
+    """How `new`, a TrainConfig, differs from `old`, as arguments."""
+    changed = {k: v for k, v in asdict(new).items() if v != getattr(old, k)}
+    return " ".join(f"--{name}={value}" for name, value in changed.items())
+
+
+def peak_memory(device: str) -> int | None:
+    """The peak of bytes: on a GPU of its tensors, else of the whole process; None if unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_flops(device: str) -> float | None:
@@ -209,3 +279,38 @@ def peak_flops(device: str) -> float | None:
     name = torch.cuda.get_device_name(device)
     matches = (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name))
     return next(matches, None)
+
+
+def about(device: str) -> dict[str, Any]:
+    """When, with which software and on which machine a run was started, for run.json."""
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):  # Linux
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        processor = next(iter(re.findall(r"model name\s*: (.*)", cpuinfo)), processor)
+    hardware = {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+    if device.startswith("cuda"):
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+    if memory := available_memory(torch.device("cpu")):
+        hardware["memory"] = f"{memory / 2**30:.0f} GiB"
+    software = {
+        "folio": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return {"started": started, "machine": hardware, "software": software}
+
+
+def _commit() -> str:
+    """The git commit of this code, with "-dirty" if it was changed since; empty if unknown."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,4 +1,4 @@
-"""Logging: metrics.csv, the console, loss.png, TensorBoard, and Weights & Biases.
+"""Logging: metrics.csv, samples.txt, the console, TensorBoard, and Weights & Biases.
 
 metrics.csv has a row for every log and every evaluation. A cell without a measurement is empty:
 
@@ -16,10 +16,8 @@ import csv
 import html
 import importlib.util
 import os
-import secrets
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,9 +26,13 @@ import torch
 from tqdm import tqdm
 
 from data.errors import UserError
-from folio import distributed
+from folio import distributed, samples
 from folio.checkpoint import TEMPORARY
+from folio.samples import Sample
 
+SHOWING = 0.02  # of a run's time may go to samples.txt, and as much to loss.png
+BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+BAR_WITHOUT_END = "{n_fmt} updates in {elapsed}{postfix}"
 COLUMNS = (
     "iter_num,tokens,lr,loss,grad_norm,train_loss,val_loss,val_bits_per_byte,"
     "tokens_per_second,mfu,train_seconds,wall_seconds"
@@ -63,6 +65,23 @@ class Clock:
         return self._train_seconds + running, now - self._wall_start
 
 
+class Share:
+    """Allows something as long as it has taken at most a share of the time since then."""
+
+    def __init__(self, share: float):
+        self._share, self._spent, self._start = share, 0.0, time.perf_counter()
+
+    def allows(self) -> bool:
+        return self._spent <= self._share * (time.perf_counter() - self._start)
+
+    @contextmanager
+    def spend(self) -> Iterator[None]:
+        """Measure what is done in this context."""
+        start = time.perf_counter()
+        yield
+        self._spent += time.perf_counter() - start
+
+
 class Log:
     """Writes metrics.csv, and a progress bar on a terminal or plain lines elsewhere; on rank 0."""
 
@@ -78,10 +97,18 @@ class Log:
         """Continue at `iter_num`; later rows, written before a kill, are removed."""
         self._trackers, self._is_main = trackers, distributed.is_main()
         self._previous = tokens, train_seconds
-        bar = {"disable": None if self._is_main else True, "dynamic_ncols": True, "unit": "it"}
-        self.bar = tqdm(initial=iter_num, total=max_iters or None, **bar)
+        self._width, self._n_logs = len(f"{max_iters or 10**6:,}"), 0
+        self.sampling, self.drawing = Share(SHOWING), Share(SHOWING)
+        self.bar = tqdm(
+            initial=iter_num,
+            total=max_iters or None,
+            disable=None if self._is_main else True,
+            dynamic_ncols=True,
+            bar_format=BAR if max_iters else BAR_WITHOUT_END,
+        )
         if not self._is_main:
             return
+        samples.rewind(out_dir, iter_num)
         self._path = path = out_dir / "metrics.csv"
         rows = [row for row in read_metrics(path) if int(row["iter_num"]) <= iter_num]
         temporary = path.with_name(TEMPORARY)
@@ -118,26 +145,37 @@ class Log:
         """Append a row; None becomes an empty cell."""
         if not self._is_main:
             return
-        with _name_file(self._path):
+        with name_file(self._path):
             self._csv.writerow({k: f"{v:.7g}" if type(v) is float else v for k, v in row.items()})
             self._file.flush()
         measured = {k: v for k, v in row.items() if v is not None}
         for tracker in self._trackers:
             tracker.write(measured)
 
+    def add_continuation(self, sample: Sample) -> None:
+        """Add a sample to samples.txt, and pass it on."""
+        samples.append(self._path.parent, sample)
+        for tracker in self._trackers:
+            tracker.add_text("continuation", sample.iter_num, sample.prompt + sample.text)
+
     def add_samples(self, iter_num: int, texts: Iterable[str]) -> None:
         """Print generated texts, and pass them on."""
         for text in texts:
             print_line(f"--- sample at iteration {iter_num:,}\n{text}")
             for tracker in self._trackers:
-                tracker.add_sample(iter_num, text)
+                tracker.add_text("sample", iter_num, text)
 
     def show_status(self, iter_num: int, text: str) -> None:
-        """Show the state of the run, in the progress bar or else on a line."""
-        if self.bar.disable:
-            print_line(f"iter {iter_num:,}: {text}")
-        else:
+        """Show the state of the run in the progress bar, or else every tenth time on a line."""
+        self._n_logs += 1
+        if not self.bar.disable:
             self.bar.set_postfix_str(text, refresh=False)
+        elif self._n_logs % 10 == 0:
+            self.print_state(iter_num, text)
+
+    def print_state(self, iter_num: int, text: str) -> None:
+        """Print a line that begins with the iteration."""
+        print_line(f"iter {iter_num:>{self._width},}: {text}")
 
 
 def print_line(text: str) -> None:
@@ -147,7 +185,7 @@ def print_line(text: str) -> None:
 
 
 @contextmanager
-def _name_file(path: Path) -> Iterator[None]:
+def name_file(path: Path) -> Iterator[None]:
     """Add the file's name to an OSError."""
     try:
         yield
@@ -175,9 +213,9 @@ class TensorBoard:
         for name, value in row.items():
             self._writer.add_scalar(name, value, row["iter_num"])
 
-    def add_sample(self, iter_num: int, text: str) -> None:
+    def add_text(self, name: str, iter_num: int, text: str) -> None:
         code_block = "".join(f"    {line}\n" for line in text.split("\n"))
-        self._writer.add_text("sample", code_block, iter_num)
+        self._writer.add_text(name, code_block, iter_num)
 
     def close(self) -> None:
         self._writer.close()
@@ -208,9 +246,9 @@ class WandB:
     def write(self, row: dict[str, float]) -> None:
         self._run.log(row)
 
-    def add_sample(self, iter_num: int, text: str) -> None:
+    def add_text(self, name: str, iter_num: int, text: str) -> None:
         code_block = self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
-        self._run.log({"iter_num": iter_num, "sample": code_block})
+        self._run.log({"iter_num": iter_num, name: code_block})
 
     def close(self) -> None:
         self._run.finish()
@@ -247,7 +285,7 @@ def check_trackers(options: dict) -> None:
             raise UserError(f"--wandb: {reason} WANDB_MODE=offline needs no key") from None
 
 
-# ---- reading and drawing ------------------------------------------------------------------------
+# ---- reading ------------------------------------------------------------------------
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -270,60 +308,6 @@ def _is_number(text: str) -> bool:
         return True
     except ValueError:
         return False
-
-
-def plot_losses(out_dir: Path, bigram_loss: float) -> None:
-    """Plot a run's metrics.csv to its loss.png, with `bigram_loss` (nats per token) as baseline."""
-    with _figure(out_dir / "loss.png", out_dir.name) as axes:
-        rows = read_metrics(out_dir / "metrics.csv")
-        _plot(axes, rows, "loss", color="0.75", label="training, each batch")
-        _plot(axes, rows, "train_loss", color="C0", marker="o", label="training, evaluated")
-        _plot(axes, rows, "val_loss", color="C1", marker="o", label="validation")
-        style = {"color": "0.3", "linestyle": "--", "linewidth": 1}
-        axes.axhline(bigram_loss, label="bigram, from counts", **style)
-
-
-def plot_runs(out_dirs: list[Path], path: Path) -> None:
-    """Plot the validation losses of several runs, and faintly their training losses, to `path`."""
-    with _figure(path, "validation loss") as axes:
-        for i, out_dir in enumerate(out_dirs):
-            rows = read_metrics(out_dir / "metrics.csv")
-            _plot(axes, rows, "loss", color=f"C{i % 10}", alpha=0.25)
-            label = _printable(str(out_dir))
-            _plot(axes, rows, "val_loss", color=f"C{i % 10}", marker="o", label=label)
-
-
-@contextmanager
-def _figure(path: Path, title: str) -> Iterator:
-    """Axes for losses over updates; on exit the figure is saved to `path`, atomically."""
-    from matplotlib.figure import Figure  # here: it takes half a second
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="updates (iter_num)", ylabel="loss (nats per token)")
-    yield axes
-    axes.set_title(_printable(title), parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with _name_file(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the font may lack a glyph
-            figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")
-        os.replace(temporary, path)
-    except ValueError as error:  # the ending is not a format of matplotlib
-        raise UserError(f"{path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _plot(axes, rows: list[dict[str, str]], column: str, **style: object) -> None:
-    points = [(int(row["iter_num"]), float(row[column])) for row in rows if row[column]]
-    if points:
-        axes.plot(*zip(*points, strict=True), markersize=4, **style)
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="replace").decode()
 
 
 def format_seconds(seconds: float) -> str:

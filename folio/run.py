@@ -7,10 +7,11 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor, linalg
@@ -28,14 +29,11 @@ from folio.metrics import Clock
 from folio.optim import DivergenceGuard, make_optimizers
 from folio.options import build_options, unescape
 from folio.process import Diverged, Stopped, StopSignals
+from folio.samples import Sample
 from model import MODELS, GPTConfig, LanguageModel
 
-EVALS = 5  # evaluations of a run with eval_interval=0
-OVERRUN = 1.1  # a run that takes more than this share of its --minutes says so
-TRIALS, TRIAL_SECONDS = 10, 0.5  # of a timing, which stops at the first limit;
-BUDGET_SHARE, BUDGET_SECONDS = 0.02, 3.0  # with --minutes at the smaller of these
 TRAIN_SHARE = 4  # an evaluation reads this many times less of the training split
-SAVE_SPEED = 2**29  # bytes a second that are written to a disk, for plans
+PROMPT_TOKENS, CONTINUATION_TOKENS = 32, 100  # of a sample in samples.txt
 SMALLEST_SCALE = 2**-10  # of float16's loss; if gradients overflow even then, the run diverged
 
 
@@ -113,7 +111,7 @@ class Run:
     def evaluate(self) -> str:
         """Evaluate both splits, update `progress`, and return the losses as text."""
         progress, val = self.progress, self.dataset.val
-        losses = [self._loss(split, n, self.check_stop) for split, n in self._evaluated()]
+        losses = [self.loss(split, n, self.check_stop) for split, n in self.evaluated()]
         progress.train_loss, progress.val_loss = losses
         progress.eval_iter = progress.iter_num
         if progress.best_val_loss is None or progress.val_loss < progress.best_val_loss:
@@ -124,13 +122,14 @@ class Run:
         bits = val.bits_per_byte(progress.val_loss)
         return text if bits is None else f"{text} ({bits:.3f} bits per byte)"
 
-    def _evaluated(self) -> list[tuple[bins.Split, int]]:
+    def evaluated(self) -> list[tuple[bins.Split, int]]:
         """What an evaluation reads: the splits, and how many tokens of each."""
         train, val = self.dataset.train, self.dataset.val
         n = min(self.cfg.eval_tokens, len(val.tokens))
         return [(train, n // TRAIN_SHARE), (val, n)]
 
-    def _loss(self, split: bins.Split, max_tokens: int, *check: Callable[[], None]) -> float:
+    def loss(self, split: bins.Split, max_tokens: int, *check: Callable[[], None]) -> float:
+        """The mean loss over a split, or over max_tokens of it, in nats per token."""
         cfg = self.cfg
         size, where = cfg.micro_batch_size, (cfg.device, cfg.dtype)
         return split_loss(self.model, split, max_tokens, size, *where, *check)
@@ -147,20 +146,42 @@ class Run:
         return {"teacher_probs": F.pad(probs, (0, self.cfg.vocab_size - probs.shape[-1]))}
 
     def generate_samples(self) -> Iterator[str]:
-        """Yield num_samples texts by the current model."""
-        cfg, model = self.cfg, self.model
-        sampling = Sampling(max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
-        prompt = unescape(cfg.sample_prompt)
+        """Yield num_samples texts by the current model. Raises Stopped after a signal."""
+        cfg, prompt = self.cfg, unescape(self.cfg.sample_prompt)
         ids = encode_prompt(self.tok, prompt, cfg.seed)
+        for text in self._generate(ids, cfg.num_samples, cfg.sample_tokens, self.stop.check):
+            yield prompt + text
+
+    def continuation(self) -> Sample:
+        """What the current model writes after sample_prompt, or after the beginning of the
+        validation text."""
+        ids = self.dataset.val.tokens[:PROMPT_TOKENS].astype(np.int64)
+        if self.cfg.sample_prompt:
+            ids = encode_prompt(self.tok, unescape(self.cfg.sample_prompt), self.cfg.seed)
+        (text,) = self._generate(ids, 1, CONTINUATION_TOKENS, lambda _: None)
+        prompt = self.tok.decode(ids.tolist())
+        return Sample(self.progress.iter_num, self.progress.val_loss, prompt, text)
+
+    def _generate(
+        self, ids: np.ndarray, num_samples: int, n_tokens: int, check: Callable[[list], None]
+    ) -> Iterator[str]:
+        model, sampling = self.model, Sampling(max_new_tokens=n_tokens, seed=self.cfg.seed)
         model.eval()
         machine.use_deterministic_algorithms(False)  # CUDA's cumsum is not; sampling trains nothing
         try:
-            for samples in batches(model, len(ids), cfg.num_samples, cfg.sample_tokens):
-                texts = generate_texts(model, self.tok, ids, sampling, samples, self.stop.check)
-                yield from (prompt + text.take() for text in texts)
+            for samples in batches(model, len(ids), num_samples, n_tokens):
+                for text in generate_texts(model, self.tok, ids, sampling, samples, check):
+                    yield text.take()
         finally:
-            machine.use_deterministic_algorithms(cfg.deterministic)
+            machine.use_deterministic_algorithms(self.cfg.deterministic)
             model.train()
+
+    @cached_property
+    def baselines(self) -> dict[str, float]:
+        """The validation losses of models that need no training, in nats per token."""
+        train, val, n_ids = self.dataset.train, self.dataset.val, self.dataset.vocab_size
+        bigram = bins.bigram_loss(train.tokens, val.tokens, n_ids)
+        return {"uniform": math.log(n_ids), "bigram": bigram}
 
     def check_finite(self, problem: str = "") -> None:
         """Raise Diverged if an update was not finite, or for a `problem` found elsewhere."""
@@ -263,20 +284,23 @@ class Run:
 
     def check_disk(self) -> None:
         """Raise UserError on rank 0 if the run's checkpoints clearly do not fit on the disk."""
-        cfg, n_snapshots = self.cfg, 0
-        if cfg.snapshot_interval:
-            n_snapshots = cfg.max_iters // cfg.snapshot_interval
-            n_snapshots = min(n_snapshots, cfg.keep_snapshots or n_snapshots)
-        resuming = cfg.init_from == "resume"
         if distributed.is_main():
-            n_params = self.model.n_params()
-            run_folder.check_disk(Path(cfg.out_dir), n_params, n_snapshots, resuming)
+            n_params, resuming = self.model.n_params(), self.cfg.init_from == "resume"
+            out_dir = Path(self.cfg.out_dir)
+            run_folder.check_disk(out_dir, n_params, self.n_snapshots(), resuming)
 
-    def write_record(self) -> None:
+    def n_snapshots(self) -> int:
+        """How many snapshots the run will have at its end."""
+        cfg = self.cfg
+        n = cfg.max_iters // cfg.snapshot_interval if cfg.snapshot_interval else 0
+        return min(n, cfg.keep_snapshots or n)
+
+    def write_record(self, command: list[str]) -> None:
         """Write run.json, on rank 0."""
         if distributed.is_main():
-            options, iter_num = asdict(self.cfg), self.progress.iter_num
-            run_folder.write_record(Path(self.cfg.out_dir), self.run_id, options, iter_num)
+            record = {"run_id": self.run_id, "command": command} | machine.about(self.cfg.device)
+            record |= {"options": asdict(self.cfg)}
+            run_folder.write_record(Path(self.cfg.out_dir), record, self.progress.iter_num)
 
     def first_word(self) -> str:
         """A prompt to try: a word of the validation text."""
@@ -295,76 +319,6 @@ class Run:
             progress.best_val_loss, progress.evals_since_best = None, 0  # that state is gone
         return progress
 
-    def time_update(self, update: Callable[["Run"], object]) -> float:
-        """Estimate the seconds of an update, from trials that leave the weights unchanged.
-
-        A trial has one or two micro-batches; the difference is the cost of each further one. The
-        first trial compiles.
-        """
-        cfg, scaler_state = self.cfg, self.scaler.state_dict()
-        per_step = distributed.world_size() * cfg.micro_batch_size
-        n_micro = cfg.batch_size // per_step
-
-        def trial(n: int) -> None:
-            trial_cfg = replace(cfg, batch_size=n * per_step)
-            update(replace(self, cfg=trial_cfg, progress=Progress()))
-
-        self.guard.skip_all(True)
-        try:
-            trial(1)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if not cfg.compile:
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"an update failed ({reason}); try --compile=False") from None
-        one, two = (self._time(lambda n=n: trial(n)) if n <= n_micro else 0.0 for n in (1, 2))
-        self.guard.skip_all(False)
-        self.scaler.load_state_dict(scaler_state)
-        return one + (n_micro - 1) * max(0.0, two - one)
-
-    def time_evaluation(self) -> float:
-        """Estimate the seconds of an evaluation and of the save that follows it.
-
-        One batch of the evaluation is timed. The first one compiles.
-        """
-        block_size, val = self.cfg.block_size, self.dataset.val
-        per_batch = distributed.world_size() * self.cfg.micro_batch_size * block_size
-        n_batches = sum(math.ceil(n / per_batch) for _, n in self._evaluated())
-        self._loss(val, per_batch)
-        seconds = self._time(lambda: self._loss(val, per_batch))
-        return n_batches * seconds + 12 * self.model.n_params() / SAVE_SPEED
-
-    def updates_that_fit(self, seconds: float, eval_seconds: float) -> int:
-        """How many further updates of that many seconds fit in --minutes, with the evaluations."""
-        self.read_clock()
-        self.budget = 60 * self.cfg.minutes
-        left = self.budget - self.progress.wall_seconds
-        if self.cfg.eval_interval:
-            return int(left / (seconds + eval_seconds / self.cfg.eval_interval))
-        return int((left - EVALS * eval_seconds) / seconds)
-
-    def report_overrun(self) -> None:
-        """Print it if the run took clearly longer than its --minutes."""
-        self.read_clock()
-        if self.budget and self.progress.wall_seconds > OVERRUN * self.budget:
-            took, budget = self.progress.wall_seconds / 60, self.budget / 60
-            print(f"budget:  the run took {took:.2g} minutes instead of {budget:.2g}")
-
-    def _time(self, trial: Callable[[], object]) -> float:
-        """The mean seconds of a trial, repeated."""
-        trials, seconds, times = TRIALS, TRIAL_SECONDS, []
-        if self.cfg.minutes:
-            trials, seconds = math.inf, min(BUDGET_SHARE * 60 * self.cfg.minutes, BUDGET_SECONDS)
-        while not times or (len(times) < trials and sum(times) < seconds):
-            clock = Clock(self.cfg.device)
-            clock.start()
-            trial()
-            clock.stop()
-            times.append(distributed.maximum(clock.read()[0]))  # all ranks make as many trials
-        return mean(times)
-
 
 def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
     """Build the model and, unless it is only evaluated, its optimizers, in the state of `ckpt`.
@@ -378,6 +332,8 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
     with distributed.together():
         outline = checkpoint.empty_model(cfg.model, config, "meta")
         cfg = replace(cfg, micro_batch_size=size or machine.auto_micro_batch_size(outline, cfg))
+        if cfg.plan:
+            machine.print_size(outline, cfg)
         machine.check_memory(outline, cfg)
         if resuming:
             progress = build_options(Progress, ckpt.meta["progress"], str(ckpt.path))

@@ -1,10 +1,10 @@
 """A run's folder: its lock, its checkpoints (latest, best, snapshots), and going back to one.
 
-    out/<run>/run.json                              the run's id and options
+    out/<run>/run.json                              the command, the options chosen, the machine
     out/<run>/ckpt.safetensors                      the latest state
     out/<run>/best.safetensors                      the state with the best validation loss
     out/<run>/snapshots/iter_000500.safetensors     kept every snapshot_interval updates
-    out/<run>/metrics.csv, loss.png                 folio/metrics.py
+    out/<run>/metrics.csv, samples.txt, loss.png    folio/metrics.py, samples.py, plot.py
 
 The best state and the snapshots are hard links to what was ckpt.safetensors when they were made, or
 copies if the disk has no hard links. A new run moves an older one aside and never overwrites it.
@@ -83,21 +83,21 @@ def new_folder(out_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_record(out_dir: Path, run_id: str, options: dict, iter_num: int = 0) -> None:
-    """Write run.json. Values that a resume at `iter_num` changed are kept under "before"."""
+def write_record(out_dir: Path, record: dict, iter_num: int = 0) -> None:
+    """Write run.json. What a resume at `iter_num` changed is kept under "before"."""
+    old, before = read_record(out_dir), []
     try:
-        old = json.loads((out_dir / RECORD).read_text("utf-8"))
-        before = list(old["before"]) if "before" in old else []
-        options = {**options, **{name: old["options"][name] for name in HOW_IT_BEGAN}}
+        options = {**record["options"], **{name: old["options"][name] for name in HOW_IT_BEGAN}}
         changed = {k: v for k, v in old["options"].items() if options.get(k) != v}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        before, changed = [], {}
-    if changed:
-        before.append({"until": iter_num, "options": changed})
-    record = {"run_id": run_id, "options": options, "launch": distributed.launch_id()}
-    record |= {"before": before} if before else {}
-    text = json.dumps(record, indent=1) + "\n"
-    write_file(out_dir / RECORD, [text.encode()], out_dir / TEMPORARY)
+        differs = {k: old[k] for k in record if k in old and old[k] != record[k]}
+        entry = {"until": iter_num, **differs, "options": changed}
+        before = [*old.get("before", []), entry]
+        record = {**record, "options": options}
+    except (LookupError, TypeError, AttributeError):
+        pass  # there is no older one
+    record = {**record, "launch": distributed.launch_id()} | ({"before": before} if before else {})
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_file(out_dir / RECORD, [text.encode(errors="replace")], out_dir / TEMPORARY)
 
 
 def read_record(out_dir: Path) -> dict:
@@ -118,10 +118,8 @@ def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -
     if resuming:  # its checkpoints will be replaced; a file may have several names
         paths = [folder / LATEST, folder / BEST, *snapshots(folder)]
         reused = {p.stat().st_ino: p.stat().st_size for p in paths if p.exists()}
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     needed = (3 + n_snapshots) * 12 * n_params
-    free = shutil.disk_usage(folder).free + sum(reused.values())
+    free = free_space(folder) + sum(reused.values())
     if free < needed:
         fewer = ", or set keep_snapshots" if n_snapshots else ""
         raise UserError(
@@ -129,6 +127,14 @@ def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -
             f"{math.ceil(needed / 2**20):,} MiB and {free / 2**20:,.0f} MiB are free; "
             f"use another disk{fewer}"
         )
+
+
+def free_space(folder: Path) -> int:
+    """The free bytes on the disk where a folder is, or will be."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 # ---- saving -------------------------------------------------------------------------------------

@@ -324,15 +324,14 @@ def describe(run: Run, ckpt: Checkpoint | None) -> None:
     if distributed.world_size() > 1:
         name = f"{distributed.world_size()} processes with {name}"
     print(f"machine: {cfg.device} ({name}), {cfg.dtype}, {'compiled' if cfg.compile else 'eager'}")
-    print(
-        f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids, "
-        f"{len(data.train.tokens):,} to train on, {len(data.val.tokens):,} to validate"
-    )
+    print(f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids")
+    print(f"         {len(data.train.tokens):,} to train on, {len(data.val.tokens):,} to validate")
     names = ("n_layer", "n_head", "n_embd", "block_size")
     shape = ", ".join(f"{name} {getattr(cfg, name)}" for name in names)
+    print(f"model:   {shape if cfg.model == 'gpt' else 'bigram'}")
     memory = memory_needed(model, cfg) / 2**20
     print(
-        f"model:   {shape if cfg.model == 'gpt' else 'bigram'}: {model.n_params():,} parameters, "
-        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token, about {memory:,.0f} MiB",
+        f"         {model.n_params():,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP per "
+        f"token, about {memory:,.0f} MiB",
         flush=True,
     )

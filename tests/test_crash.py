@@ -92,7 +92,7 @@ class FaultyOS:
 def folder(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    run_folder.write_record(folder, "id", {})
+    run_folder.write_record(folder, {"run_id": "id"})
     for iter_num in (1, 2):
         save(folder, iter_num)
     return folder

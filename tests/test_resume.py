@@ -16,7 +16,7 @@ import torch
 from conftest import MODERN, SMALL, after_backward, load
 
 import train as script
-from folio import machine, run_folder
+from folio import machine, plan, run_folder
 from folio import run as run_module
 from folio.run import Run
 
@@ -173,7 +173,7 @@ def test_stopping_in_the_middle_of_an_evaluation(whole, data_dir, tmp_path, monk
         return split_loss(*args, **kwargs)
 
     monkeypatch.setattr(run_module, "split_loss", interrupted)
-    monkeypatch.setattr(run_module.Run, "time_evaluation", lambda _: 0.0)
+    monkeypatch.setattr(plan, "time_evaluation", lambda _: 0.0)
     argv = [*SMALL, *OPTIONS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
     assert script.main(argv) == 143
     _, meta = load(tmp_path / "run/ckpt.safetensors")
@@ -293,14 +293,17 @@ def test_a_resume_says_which_run_goes_on(train_small, monkeypatch, capsys, data_
 
 def test_run_json_has_what_a_resume_changed(train_small, resume_run):
     assert train_small("--max_iters=3", "--learning_rate=1e-3") == 0
-    assert resume_run() == 0
     assert "before" not in json.loads(Path("run/run.json").read_text("utf-8"))
     assert resume_run("--max_iters=4", "--learning_rate=1e-4") == 0
     assert resume_run("--max_iters=5") == 0
     record = json.loads(Path("run/run.json").read_text("utf-8"))
     assert record["options"]["max_iters"] == 5 and record["options"]["learning_rate"] == 1e-4
+    assert record["command"] == ["--init_from=resume", "--out_dir=run", "--max_iters=5"]
+    assert record["software"]["torch"] == torch.__version__ and record["machine"]["threads"]
     first, second = record["before"]
     assert first["until"] == 3 and second["until"] == 4
+    assert "--learning_rate=1e-3" in first["command"] and first["started"] <= record["started"]
+    assert "machine" not in first, "what did not change is not repeated"
     assert first["options"]["learning_rate"] == 1e-3 and first["options"]["max_iters"] == 3
     assert second["options"]["max_iters"] == 4 and "learning_rate" not in second["options"]
 

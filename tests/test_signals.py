@@ -3,6 +3,7 @@
 Real processes and real signals.
 """
 
+import re
 import signal
 import subprocess
 import sys
@@ -21,14 +22,14 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (getattr(signal, "SIGHUP", None), 129)],
 )
 def test_a_signal_saves_and_the_resumed_run_is_the_same(train_small, data_dir, number, code):
-    args = ("--max_iters=400", "--eval_interval=100", "--log_interval=20", "--num_samples=0")
+    args = ("--max_iters=400", "--eval_interval=100", "--log_interval=12", "--num_samples=0")
     assert train_small(*args, "--out_dir=whole") == 0
     command = [sys.executable, ROOT / "train.py", *SMALL, f"--data_dir={data_dir}", *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
         for line in run.stdout:
-            if line.startswith("iter 120"):
+            if re.match(r"iter +120:", line):
                 break
         run.send_signal(number)
         out, err = run.communicate(timeout=60)
@@ -48,7 +49,7 @@ def test_a_run_that_nobody_reads_is_saved(data_dir, tmp_path):
     command += ["--max_iters=100000", "--eval_interval=90000", "--num_samples=0"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
-            if line.startswith("iter 100:"):
+            if re.match(r"iter +100:", line):
                 break
         run.stdout.close()
         assert run.wait(timeout=60) == 1
@@ -66,7 +67,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(data_dir, tmp_path):
         text=True,
     ) as run:
         for line in run.stdout:
-            if line.startswith("iter 50:"):
+            if re.match(r"iter +50:", line):
                 break
         run.send_signal(signal.SIGHUP)
         run.communicate(timeout=60)

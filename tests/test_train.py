@@ -19,7 +19,7 @@ from conftest import MODERN, ROOT, after_backward, load, write_bins
 
 import train as script
 from data import tokenizer
-from folio import checkpoint, machine, metrics
+from folio import checkpoint, machine, metrics, plan
 from folio.checkpoint import Checkpoint
 from folio.metrics import COLUMNS, Clock
 from folio.optim import get_lr, make_optimizers
@@ -71,6 +71,7 @@ def test_a_run_learns_and_leaves_its_files(train_small, capsys):
         "ckpt.safetensors",
         "loss.png",
         "metrics.csv",
+        "samples.txt",
     }
 
 
@@ -215,8 +216,8 @@ def test_max_iters_0_runs_until_a_condition_is_met(train_small, capsys, argv, wh
 @pytest.fixture
 def slow(monkeypatch):
     """As if an update took 50 ms, an evaluation 200 ms, and all before the plan 500 ms."""
-    monkeypatch.setattr(Run, "time_update", lambda *_: 0.05)
-    monkeypatch.setattr(Run, "time_evaluation", lambda _: 0.2)
+    monkeypatch.setattr(plan, "time_update", lambda *_: 0.05)
+    monkeypatch.setattr(plan, "time_evaluation", lambda _: 0.2)
     monkeypatch.setattr(Clock, "read", lambda _: (0.0, 0.5))
     monkeypatch.setattr(metrics.Log, "tokens_per_second", lambda *_: 1.0)
 
@@ -267,11 +268,11 @@ def test_of_minutes_and_max_iters_the_last_counts(train_small, resume_run, slow)
 
 def test_the_estimate_of_an_evaluation_is_that_of_all_its_batches(train_small, monkeypatch):
     """A batch takes a second: 32 of the validation split, and a quarter of that of the other."""
-    monkeypatch.setattr(Run, "_time", lambda *_: 1.0)
+    monkeypatch.setattr(plan, "_time", lambda *_: 1.0)
     estimates = []
-    estimate = Run.time_evaluation
+    estimate = plan.time_evaluation
     monkeypatch.setattr(
-        Run, "time_evaluation", lambda run: estimates.append(estimate(run)) or estimates[-1]
+        plan, "time_evaluation", lambda run: estimates.append(estimate(run)) or estimates[-1]
     )
     size = ("--batch_size=4", "--micro_batch_size=2", "--block_size=16", "--eval_tokens=1024")
     assert train_small(*size, "--max_iters=1") == 0

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from folio import batch, distributed, metrics, run_folder
+from folio import batch, distributed, run_folder
 
 FAULT = os.environ.get("FAULT", "")
 AT = int(os.environ.get("FAULT_AT", 7))  # the update at which it breaks, or the size of the disk
@@ -78,7 +78,7 @@ if "RANK" not in os.environ:
 HERE, RANK = Path.cwd(), int(os.environ["RANK"])
 note("pid", os.getpid())
 train.get_batch = noted_windows
-metrics.plot_losses = lambda *_: None  # test_train.py has it; it takes a second
+train.plot_losses = lambda *_: None  # test_train.py has it; it takes a second
 if FAULT == "elsewhere" and RANK == 1:
     os.chdir("elsewhere")
 if FAULT == "full disk":
