@@ -8,10 +8,13 @@ python runs.py plot out/a out/b --output=ab.png      plot the losses of several 
 """
 
 from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
+import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Literal
 
 from data import bins
@@ -43,15 +46,35 @@ def main(argv: list[str]) -> int:
 
 
 def list_runs(parents: list[Path]) -> int:
-    """Print a line per run, the newest last, from the unverified headers of checkpoints."""
+    """Print a line per run, the newest last, from the unverified headers of checkpoints; then the
+    mean and the spread of runs that differ in their seeds alone."""
     found = [path for parent in parents for path in parent.glob(f"*/{run_folder.LATEST}")]
     if not found:
         raise UserError(f"no runs in {', '.join(map(str, parents))}")
-    print(f"{'run':<30}{'model':>12}{'updates':>10}{'best loss':>11}{'minutes':>9}  saved")
+    print(f"{'run':<24}{'model':>10}{'updates':>9}{'best loss':>10}{'minutes':>8}  saved")
+    groups = {}  # options and data -> [(run, best loss)]
     for path in sorted(found, key=lambda path: path.stat().st_mtime):
-        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        print(f"{str(path.parent):<30}{describe(checkpoint.read_header(path))}  {saved}")
+        saved, meta = time.localtime(path.stat().st_mtime), checkpoint.read_header(path)
+        print(f"{str(path.parent):<24}{describe(meta)}  {time.strftime('%Y-%m-%d %H:%M', saved)}")
+        with suppress(LookupError, TypeError, AttributeError):
+            loss = float(meta["progress"]["best_val_loss"])
+            groups.setdefault(what_was_done(path.parent, meta), []).append((path.parent, loss))
+    for same in groups.values():
+        if len(same) > 1:
+            first, losses = same[0][0], [loss for _, loss in same]
+            spread = f"{mean(losses):.4f}, standard deviation {stdev(losses):.4f}"
+            print(f"{len(same)} seeds of the options of {first}: best loss {spread}")
     return 0
+
+
+def what_was_done(folder: Path, meta: dict) -> str:
+    """The options and the data of a run, without what may differ between seeds."""
+    record = run_folder.read_record(folder)
+    other = {"seed", "out_dir", "checkpoint", "tensorboard", "wandb", "wandb_run_name"}
+    if record["minutes"]:  # it fixed these
+        other |= {"max_iters", "eval_interval", "log_interval"}
+    options = {name: value for name, value in record["options"].items() if name not in other}
+    return json.dumps([options, record["minutes"], meta["dataset"]], sort_keys=True)
 
 
 def describe(meta: dict) -> str:
@@ -61,9 +84,9 @@ def describe(meta: dict) -> str:
         model = f"{config['n_layer']} x {config['n_embd']}" if meta["model"] == "gpt" else "bigram"
         loss, minutes = progress.get("best_val_loss"), progress.get("train_seconds", 0.0) / 60
         loss = "-" if loss is None else f"{loss:.4f}"
-        return f"{model:>12}{progress['iter_num']:>10,}{loss:>11}{minutes:>9.1f}"
+        return f"{model:>10}{progress['iter_num']:>9,}{loss:>10}{minutes:>8.1f}"
     except (LookupError, TypeError, ValueError, AttributeError):
-        return f"{'unreadable':>12}{'':30}"
+        return f"{'unreadable':>10}{'':27}"
 
 
 def plot_runs(paths: list[Path], output: Path) -> int:

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from data import bins
-from data.errors import UserError
 from folio import distributed, machine, metrics, plan, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
 from folio.optim import get_lr
@@ -415,11 +414,11 @@ def run_to_end(run: Run) -> int:
 
 
 def print_loss(run: Run) -> None:
-    """Print the best validation loss beside those of models that need no training."""
+    """Print the best validation loss, and those of models that need no training."""
     token = "character" if run.tok.meta()["kind"] == "char" else "token"
     others = ", ".join(f"{name} {loss:.3f}" for name, loss in run.baselines.items())
     best = run.progress.best_val_loss
-    print(f"loss:    {best:.3f} nats per {token} (validation, best); {others}")
+    print(f"loss:    {best:.3f} nats per {token} at best; {others}")
 
 
 def report_stop(run: Run) -> int:

@@ -244,14 +244,14 @@ def less_memory(cfg: Any) -> Iterator[Any]:
         if share % n == 0:
             yield replace(cfg, micro_batch_size=n)
     if cfg.model == "gpt" and not cfg.eval_only:
-        for again in ("half", "full"):
+        levels = ("none", "half", "full")
+        for again in levels[levels.index(cfg.activation_checkpointing) + 1 :]:
             yield replace(cfg, micro_batch_size=1, activation_checkpointing=again)
 
 
 def out_of_memory(cfg: Any) -> UserError:
     """The error for a device that is out of memory, although the estimate fitted."""
-    less = next((less for less in less_memory(cfg) if less != cfg), cfg)
-    advice = _options(cfg, less) or "a smaller block_size or n_layer"
+    advice = _options(cfg, next(less_memory(cfg), cfg)) or "a smaller block_size or n_layer"
     return UserError(f"{cfg.device} is out of memory: use {advice}")
 
 

@@ -155,6 +155,6 @@ def print_measured(run: Run, seconds: float, how: str) -> None:
         f"{tokens * flops / seconds / 1e9:,.0f} GFLOP/s"
     )
     if peak := machine.peak_memory(cfg.device):
-        print(f"memory:  {peak / 2**20:,.0f} MiB at most until now, all that the process uses")
+        print(f"memory:  {peak / 2**20:,.0f} MiB measured at the peak, of the whole process")
     n, free = 3 + run.n_snapshots(), run_folder.free_space(Path(cfg.out_dir)) / 2**20
     print(f"disk:    {n} checkpoints of {mib:,.1f} MiB are {n * mib:,.1f}; {free:,.0f} are free")

@@ -299,7 +299,7 @@ class Run:
         """Write run.json, on rank 0."""
         if distributed.is_main():
             record = {"run_id": self.run_id, "command": command} | machine.about(self.cfg.device)
-            record |= {"options": asdict(self.cfg)}
+            record |= {"minutes": self.budget / 60, "options": asdict(self.cfg)}
             run_folder.write_record(Path(self.cfg.out_dir), record, self.progress.iter_num)
 
     def first_word(self) -> str:

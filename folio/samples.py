@@ -11,6 +11,7 @@ JSON.
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,10 +53,11 @@ def read(out_dir: Path) -> list[Sample]:
             blocks[-1][1].append(line[4:])
     samples = []
     for header, lines in blocks:
-        prompt, text = json.loads(header[3]), "\n".join(lines)
-        if text.startswith(prompt):  # otherwise it was not written by append()
-            loss, text = float(header[2]), text.removeprefix(prompt)
-            samples.append(Sample(int(header[1]), loss, prompt, text))
+        with suppress(ValueError):  # somebody edited it
+            prompt, text = json.loads(header[3]), "\n".join(lines)
+            if text.startswith(prompt):
+                loss, text = float(header[2]), text.removeprefix(prompt)
+                samples.append(Sample(int(header[1]), loss, prompt, text))
     return samples
 
 

@@ -1,0 +1,105 @@
+"""Promise: --plan says what a run takes and leaves nothing; errors of memory say what to do."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODERN
+
+import train as script
+from folio import checkpoint, machine, plan
+from folio.options import build_options
+from train import TrainConfig
+
+
+def numbers(line: str) -> list[float]:
+    return [float(text.replace(",", "")) for text in re.findall(r"[\d,]*\.?\d+", line)]
+
+
+@pytest.mark.parametrize("argv", [(), MODERN, ("--model=bigram",)])
+def test_a_plan_adds_up_and_leaves_nothing(train_small, capsys, argv):
+    assert train_small("--plan", *argv) == 0
+    out = capsys.readouterr().out
+    assert not Path("run").exists()
+    table, memory = out.split("\n\n")[:2]
+    *rows, total = [numbers(line.rpartition(" x ")[2]) for line in table.splitlines()[1:]]
+    assert sum(row[-1] for row in rows) == total[0]
+    assert all(row[-3] * row[-2] == row[-1] for row in rows)
+    assert f"{total[0]:,.0f} parameters" in out
+    *parts, together = [numbers(line)[-1] for line in memory.splitlines()[1:]]
+    assert sum(parts) == pytest.approx(together, abs=0.3)
+    assert f"about {together:.0f} MiB" in out
+    assert "plan:    20 updates of 8 x 16 tokens, 2,560 in all" in out
+    assert "(median of 3 real ones)" in out and "3 checkpoints of" in out
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("data:"))
+
+
+def test_a_plan_makes_whole_updates(train_small, monkeypatch):
+    """Three of all micro-batches, which change the weights, after those that only time it."""
+    made, update = [], script.update
+
+    def noted(run):
+        before = run.model.wte.weight.detach().clone()
+        result = update(run)
+        changed = not torch.equal(before, run.model.wte.weight)
+        made.append((run.cfg.batch_size, changed))
+        return result
+
+    monkeypatch.setattr(script, "update", noted)
+    assert train_small("--plan", "--micro_batch_size=2") == 0
+    assert made[-3:] == [(8, True)] * 3 and not any(changed for _, changed in made[:-3])
+
+
+def test_a_plan_of_long_updates_is_an_estimate(train_small, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "time_update", lambda *_: 21.0)
+    monkeypatch.setattr(plan, "time_real_updates", lambda *_: pytest.fail("took a minute"))
+    assert train_small("--plan") == 0
+    assert "21 s (estimated)" in capsys.readouterr().out
+
+
+def test_what_a_run_that_does_not_fit_is_told_fits(data_dir, monkeypatch):
+    """The largest micro-batch that fits, then activation checkpointing, then a smaller model."""
+    options = {"device": "cpu", "dtype": "float32", "batch_size": 24, "micro_batch_size": 24}
+    cfg = build_options(TrainConfig, {**options, "n_layer": 4, "n_embd": 64, "n_head": 2})
+    model = checkpoint.empty_model("gpt", cfg, "meta")
+
+    def advice(free: int) -> str:
+        monkeypatch.setattr(machine, "available_memory", lambda _: free)
+        with pytest.raises(script.startup.UserError) as error:
+            machine.check_memory(model, cfg)
+        return str(error.value).partition(": use ")[2]
+
+    def needed(**changed) -> int:
+        return machine.memory_needed(model, replace(cfg, **changed))
+
+    assert advice(needed(micro_batch_size=6) + 1) == "--micro_batch_size=6"
+    full = needed(micro_batch_size=1, activation_checkpointing="full")
+    assert advice(full + 1) == "--micro_batch_size=1 --activation_checkpointing=full"
+    assert "a model of less than" in advice(full - 1)
+    monkeypatch.setattr(machine, "available_memory", lambda _: needed() + 1)
+    machine.check_memory(model, cfg)
+
+
+@pytest.mark.parametrize(
+    ("argv", "advice"),
+    [
+        ([], "use --micro_batch_size=4"),
+        (["--micro_batch_size=1"], "use --activation_checkpointing=half"),
+        (["--micro_batch_size=1", "--activation_checkpointing=full"], "a smaller block_size"),
+    ],
+)
+def test_out_of_memory_in_a_run_says_which_option_needs_less(
+    train_small, monkeypatch, capsys, argv, advice
+):
+    update = script.update
+
+    def full(run):
+        if run.progress.iter_num == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return update(run)
+
+    monkeypatch.setattr(script, "update", full)
+    assert train_small(*argv) == 2
+    assert advice in capsys.readouterr().err
