@@ -30,6 +30,7 @@ def test_a_plan_adds_up_and_leaves_nothing(train_small, capsys, argv):
     assert f"{total[0]:,.0f} parameters" in out
     *parts, together = [numbers(line)[-1] for line in memory.splitlines()[1:]]
     assert sum(parts) == pytest.approx(together, abs=0.3)
+    assert parts[:3] == [pytest.approx(n * total[0] / 2**20, abs=0.1) for n in (4, 4, 8)]
     assert f"about {together:.0f} MiB" in out
     assert "plan:    20 updates of 8 x 16 tokens, 2,560 in all" in out
     assert "(median of 3 real ones)" in out and "3 checkpoints of" in out
