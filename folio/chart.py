@@ -48,7 +48,7 @@ def draw(runs: list[Curves], baselines: list[tuple[str, float]]) -> str:
     shapes, labels, legend, marks = [], [], [], []
 
     def at(x: float, loss: float) -> tuple[float, float]:
-        return 100 * x / right, 100 * (high - loss) / (high - low)
+        return 100 * x / right, 100 * (high - min(loss, high)) / (high - low)
 
     def line(points: Points, style: str) -> None:
         corners = " ".join(f"{x:.2f},{y:.2f}" for x, y in (at(*point) for point in thinned(points)))
@@ -76,7 +76,7 @@ def draw(runs: list[Curves], baselines: list[tuple[str, float]]) -> str:
         if val:
             x, loss = lowest(val)
             dots([(x, loss)], f"best {other}")
-            marks.append(Label(at(x, loss)[1], at(x, loss)[0], other, f"best {loss:.4f}"))
+            marks.append(Label(at(x, loss)[1] - 2, at(x, loss)[0], other, f"best {loss:.4f}"))
             best = f"best {loss:.4f} at update {x:,}"
         text = f"{escape(name)}, {best}"
         if len(runs) == 1:
@@ -94,12 +94,14 @@ def draw(runs: list[Curves], baselines: list[tuple[str, float]]) -> str:
 
 
 def smoothed(points: Points) -> Points:
-    """The moving average of a curve, with exponential weights."""
-    kept, weight, mean, result = 1 - 1 / max(1, len(points) * SMOOTHED_SHARE), 0.0, 0.0, []
-    for x, y in points:
-        weight = kept * weight + 1
-        mean += (y - mean) / weight
-        result.append((x, mean))
+    """The moving average of a curve; each mean is over as many points before as after."""
+    width, sums = math.ceil(len(points) * SMOOTHED_SHARE / 2), [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    result = []
+    for i, (x, _) in enumerate(points):
+        n = min(width, i, len(points) - 1 - i)
+        result.append((x, (sums[i + n + 1] - sums[i - n]) / (2 * n + 1)))
     return result
 
 

@@ -1,7 +1,6 @@
-"""What a model does with a text: its surprise, its attention, its predictions; names of tokens."""
+"""What a report asks of a model: its attention, its predictions, the names of its tokens."""
 
 import math
-import unicodedata
 
 import numpy as np
 import torch
@@ -15,20 +14,16 @@ from model import GPT, LanguageModel
 
 CONTEXT = 512  # longest context that is used, in tokens
 BATCH_LOGITS = 2**25  # float32 logits at a time
-JOINERS = "\u200c\u200d"  # parts of words and of emoji
+KEPT = "\n\t\u00a0\u3000\u200c\u200d"  # spaces, and joiners, which are parts of words and of emoji
 
 
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def visible(text: str, kept: str = JOINERS + "\n\t") -> str:
+def visible(text: str, kept: str = KEPT) -> str:
     """Text in which controls, surrogates and marks of direction are escapes, such as \\u202e."""
-
-    def show(c: str) -> str:
-        plain = c.isprintable() or c in kept or unicodedata.category(c) == "Zs"
-        return c if plain else c.encode("unicode_escape").decode()
-
-    return "".join(map(show, text))
+    plain = (c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+    return "".join(plain)
 
 
 def token_text(tok: Tokenizer, i: int) -> str:
@@ -50,11 +45,6 @@ def first_window(model: LanguageModel, split: Split) -> tuple[Tensor, Tensor]:
     """idx and targets (1, T) at the start of a split, T at most CONTEXT."""
     T = min(model.config.block_size, CONTEXT, len(split.tokens) - 1)
     return get_batch(split, np.zeros(1, np.int64), T, "cpu")
-
-
-def log_probabilities(model: LanguageModel, idx: Tensor) -> Tensor:
-    """The log-probabilities (B, T, V) of the tokens that follow those of idx (B, T)."""
-    return model(idx)[0].log_softmax(-1)
 
 
 def attention_weights(model: GPT, idx: Tensor) -> list[Tensor]:

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from html import escape
@@ -30,18 +31,10 @@ from data import bins
 from data.bins import MALFORMED, Dataset
 from data.errors import UserError
 from data.tokenizer import Tokenizer
-from folio import chart, checkpoint, metrics, run_folder, samples
+from folio import chart, checkpoint, inspection, metrics, run_folder, samples
 from folio.chart import N_COLORS, Curves, Points
 from folio.checkpoint import Checkpoint
-from folio.inspection import (
-    attention_weights,
-    first_window,
-    log_probabilities,
-    predictions,
-    token_name,
-    token_text,
-    visible,
-)
+from folio.inspection import token_name, token_text, visible
 from folio.samples import Sample
 from model import GPT, GPTConfig, LanguageModel
 
@@ -274,8 +267,8 @@ def samples_part(run: Source, _: dict) -> str:
 @torch.inference_mode()
 def surprise_part(run: Source, data: dict) -> str:
     model, tok, dataset = need(run.model), need(run.tok), need(run.dataset)
-    idx, targets = first_window(model, dataset.val)
-    log_probs = log_probabilities(model, idx)[0]  # (T, V)
+    idx, targets = inspection.first_window(model, dataset.val)
+    log_probs = model(idx)[0][0].log_softmax(-1)  # (T, V)
     surprise = -log_probs.gather(1, targets[0, :, None])[:, 0]  # (T,)
     top = log_probs.topk(min(N_LIKELIEST, log_probs.shape[-1]))
     data["surprise"] = [float(f"{s:.4g}") for s in surprise.tolist()]
@@ -285,20 +278,17 @@ def surprise_part(run: Source, data: dict) -> str:
         for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
     blind = math.log(tok.vocab_size)
-    spans = [_passage_token(tok, int(idx[0, 0]), '<i class="faint">')]
-    for i, s in zip(targets[0].tolist(), surprise.tolist(), strict=True):
-        spans.append(_passage_token(tok, i, f'<i style="--a:{min(1, s / blind):.2f}">'))
+    styles = ['class="faint"', *(f'style="--a:{min(1, s / blind):.2f}"' for s in surprise.tolist())]
+    ids = [int(idx[0, 0]), *targets[0].tolist()]
+    texts = [escape(visible(token_text(tok, i)) or token_name(tok, i)) for i in ids]
+    spans = [f"<i {style}>{text}</i>" for style, text in zip(styles, texts, strict=True)]
+    passage = "".join(spans).replace("\n", "\u21b5\n")
     return (
         f"<p>By {_state(run)}. Mean surprise: <b>{surprise.mean():.4f}</b> nats per token.</p>"
         f'<p class="scale"><span>0: it was certain</span><span class="bar hot"></span>'
         f"<span>{blind:.2f}: a blind guess among {tok.vocab_size:,} tokens</span></p>"
-        f'<p class="passage" dir="auto">{"".join(spans)}</p>'
+        f'<p class="passage" dir="auto">{passage}</p>'
     )
-
-
-def _passage_token(tok: Tokenizer, i: int, tag: str) -> str:
-    text = visible(token_text(tok, i)) or token_name(tok, i)
-    return f"{tag}{escape(text).replace(chr(10), chr(0x21B5) + chr(10))}</i>"
 
 
 def _state(run: Source) -> str:
@@ -311,7 +301,7 @@ def attention_part(run: Source, data: dict) -> str:
     model, tok, dataset = need(run.model), need(run.tok), need(run.dataset)
     if not isinstance(model, GPT):
         return "<p>A bigram model has no attention: it sees only the last token.</p>"
-    idx, _ = first_window(model, dataset.val)
+    idx, _ = inspection.first_window(model, dataset.val)
     most = ATTENTION_BYTES // run.n_runs * 3 // 4  # bytes before base64
     n_maps, T = model.config.n_layer * model.config.n_head, min(ATTENTION_TOKENS, idx.shape[1])
     while T > 1 and n_maps * T * (T + 1) // 2 > most:
@@ -319,7 +309,7 @@ def attention_part(run: Source, data: dict) -> str:
     data["sentence"] = [token_name(tok, i) for i in idx[0, :T].tolist()]
     data["heads"], rows = [], []
     rows_of, columns_of = np.tril_indices(T)
-    for layer, weights in enumerate(attention_weights(model, idx[:, :T]), 1):
+    for layer, weights in enumerate(inspection.attention_weights(model, idx[:, :T]), 1):
         lower = (weights[0].numpy()[:, rows_of, columns_of] * 255).round().astype(np.uint8)
         data["heads"] += [base64.b64encode(head.tobytes()).decode() for head in lower]
         names = [f"<figcaption>head {n}</figcaption>" for n in range(1, len(lower) + 1)]
@@ -327,8 +317,8 @@ def attention_part(run: Source, data: dict) -> str:
         rows.append(f'<div class="layer"><b>layer {layer}</b>{"".join(maps)}</div>')
     sentence = "".join(f"<i>{escape(name)}</i>" for name in data["sentence"])
     return (
-        f'<p class="sentence">{sentence}</p><p class="scale"><span>0</span>'
-        '<span class="bar cool"></span><span>1: all of its weight</span></p>'
+        f'<p class="sentence">{sentence}</p><p class="scale"><span>0</span><span class="bar cool">'
+        "</span><span>1, all of its weight (half the color: 0.25)</span></p>"
         "<noscript><p>The maps need JavaScript.</p></noscript>"
         f'<div class="heads">{"".join(rows)}</div>'
     )
@@ -337,20 +327,14 @@ def attention_part(run: Source, data: dict) -> str:
 @torch.inference_mode()
 def confusions_part(run: Source, _: dict) -> str:
     model, tok, dataset = need(run.model), need(run.tok), need(run.dataset)
-    true, predicted = predictions(model, dataset.val, CONFUSION_TOKENS)
+    true, predicted = inspection.predictions(model, dataset.val, CONFUSION_TOKENS)
     wrong = true != predicted
-    pairs, counts = np.unique(np.stack((true[wrong], predicted[wrong])), axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:N_CONFUSIONS]
-    n, n_wrong, most = len(true), int(wrong.sum()), np.bincount(true)
-    rows = [
-        [
-            *(code(token_name(tok, i)) for i in pairs[:, j].tolist()),
-            f"{counts[j]:,}",
-            f'<span class="meter" style="--a:{counts[j] / counts[order[0]]:.2f}"></span>'
-            f"{counts[j] / n_wrong:.1%}",
-        ]
-        for j in order
-    ]
+    pairs = Counter(zip(true[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    n, n_wrong, most, rows = len(true), int(wrong.sum()), np.bincount(true), []
+    for pair, count in (found := pairs.most_common(N_CONFUSIONS)):
+        meter = f'<span class="meter" style="--a:{count / found[0][1]:.2f}"></span>'
+        names = (code(token_name(tok, i)) for i in pair)
+        rows.append([*names, f"{count:,}", f"{meter}{count / n_wrong:.1%}"])
     accuracy = (
         f"<p>Over {n:,} tokens of the validation text, {_state(run)} is right about "
         f"<b>{1 - n_wrong / n:.1%}</b>. Always predicting {code(token_name(tok, most.argmax()))} "
@@ -379,9 +363,8 @@ def made_part(run: Source, _: dict) -> str:
     changed = {k: v for k, v in options.items() if k not in defaults or defaults[k] != v}
     rest = {k: v for k, v in options.items() if k not in changed}
     parts.append(
-        f"<details><summary>All {len(options)} options</summary>"
-        f"<p>{len(changed)} differ from the defaults:</p>{cell(changed)}"
-        f"<p>The others:</p>{cell(rest)}</details>"
+        f"<details><summary>All {len(options)} options; {len(changed)} differ from the defaults"
+        f"</summary>{cell(changed)}<p>The others have their defaults:</p>{cell(rest)}</details>"
     )
     return "".join(parts)
 
