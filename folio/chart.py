@@ -61,7 +61,7 @@ def draw(runs: list[Curves], baselines: list[tuple[str, float]]) -> str:
     for loss in ticks(low, high):
         line([(0, loss), (right, loss)], "grid")
         labels.append(f'<span class="y" style="top:{at(0, loss)[1]:.2f}%">{loss:.6g}</span>')
-    for x in ticks(0, right):
+    for x in ticks(0, right, smallest=1):
         labels.append(f'<span class="x" style="left:{at(x, 0)[0]:.2f}%">{x:,.0f}</span>')
     for name, loss in baselines:
         line([(0, loss), (right, loss)], "baseline")
@@ -120,8 +120,8 @@ def spread(labels: list[Label]) -> list[Label]:
     return result
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers in an interval: at most seven, multiples of 1, 2 or 5 times a power of 10."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(power * m for m in (1, 2, 5, 10) if (high - low) / (power * m) <= 6)
+def ticks(low: float, high: float, smallest: float = 0.0) -> list[float]:
+    """At most seven multiples of 1, 2 or 5 times a power of 10, at least `smallest` apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step = max(smallest, next(power * m for m in (1, 2, 5, 10) if (high - low) / (power * m) <= 6))
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -40,7 +40,8 @@ from model import GPT, GPTConfig, LanguageModel
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 N_LIKELIEST = 5  # tokens that are named as the likeliest
-CONFUSION_TOKENS, N_CONFUSIONS = 2**15, 15  # tokens that are predicted; mistakes that are listed
+CONFUSION_TOKENS, N_CONFUSIONS = 2**15, 15  # most tokens that are predicted; listed mistakes
+CONFUSION_FLOPS = 3 * 10**12  # fewer tokens for a large model: about half a minute of a CPU
 ATTENTION_TOKENS, ATTENTION_BYTES = 32, 600_000  # longest sentence; the weights of all heads
 N_SAMPLES, SAMPLE_LENGTH = 12, 2000  # samples of a run; characters of a sample
 
@@ -327,18 +328,19 @@ def attention_part(run: Source, data: dict) -> str:
 @torch.inference_mode()
 def confusions_part(run: Source, _: dict) -> str:
     model, tok, dataset = need(run.model), need(run.tok), need(run.dataset)
-    true, predicted = inspection.predictions(model, dataset.val, CONFUSION_TOKENS)
+    most = min(CONFUSION_TOKENS, CONFUSION_FLOPS // max(1, model.flops_per_token()))
+    true, predicted = inspection.predictions(model, dataset.val, most)
     wrong = true != predicted
     pairs = Counter(zip(true[wrong].tolist(), predicted[wrong].tolist(), strict=True))
-    n, n_wrong, most, rows = len(true), int(wrong.sum()), np.bincount(true), []
+    n, n_wrong, counts, rows = len(true), int(wrong.sum()), np.bincount(true), []
     for pair, count in (found := pairs.most_common(N_CONFUSIONS)):
         meter = f'<span class="meter" style="--a:{count / found[0][1]:.2f}"></span>'
         names = (code(token_name(tok, i)) for i in pair)
         rows.append([*names, f"{count:,}", f"{meter}{count / n_wrong:.1%}"])
     accuracy = (
         f"<p>Over {n:,} tokens of the validation text, {_state(run)} is right about "
-        f"<b>{1 - n_wrong / n:.1%}</b>. Always predicting {code(token_name(tok, most.argmax()))} "
-        f"would be right about {most.max() / n:.1%}.</p>"
+        f"<b>{1 - n_wrong / n:.1%}</b>. Always predicting {code(token_name(tok, counts.argmax()))} "
+        f"would be right about {counts.max() / n:.1%}.</p>"
     )
     return accuracy + table(rows, ["the token", "it predicted", "times", "of all mistakes"])
 
