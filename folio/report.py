@@ -294,7 +294,7 @@ def surprise_part(run: Source, data: dict) -> str:
 
 def _state(run: Source) -> str:
     ckpt = need(run.ckpt)
-    return f"{code(ckpt.path.name)}, update {ckpt.meta['progress'].get('iter_num', 0):,}"
+    return f"{code(ckpt.path.name)} (update {ckpt.meta['progress'].get('iter_num', 0):,})"
 
 
 @torch.inference_mode()
@@ -338,9 +338,9 @@ def confusions_part(run: Source, _: dict) -> str:
         names = (code(token_name(tok, i)) for i in pair)
         rows.append([*names, f"{count:,}", f"{meter}{count / n_wrong:.1%}"])
     accuracy = (
-        f"<p>Over {n:,} tokens of the validation text, {_state(run)} is right about "
-        f"<b>{1 - n_wrong / n:.1%}</b>. Always predicting {code(token_name(tok, counts.argmax()))} "
-        f"would be right about {counts.max() / n:.1%}.</p>"
+        f"<p>Over {n:,} tokens of the validation text, {_state(run)} is right "
+        f"<b>{1 - n_wrong / n:.1%}</b> of the time. Always predicting "
+        f"{code(token_name(tok, counts.argmax()))} would be right {counts.max() / n:.1%} of it.</p>"
     )
     return accuracy + table(rows, ["the token", "it predicted", "times", "of all mistakes"])
 
