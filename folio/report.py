@@ -177,7 +177,7 @@ def model_size(run: Source) -> str:
     if not is_error(run.model):
         size = f", {run.model.n_params():,} parameters"
     if options["model"] != "gpt":
-        return f"{escape(options['model'])} model{size}"
+        return f"{escape(visible(options['model']))} model{size}"
     n_layer, n_head, n_embd = (int(options[name]) for name in ("n_layer", "n_head", "n_embd"))
     return f"GPT of {n_layer} layers, {n_head} heads, width {n_embd}{size}"
 
@@ -376,10 +376,11 @@ def cell(value: object) -> str:
     if isinstance(value, dict):
         return table([[escape(visible(name)), cell(item)] for name, item in value.items()])
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return code(visible(shlex.join(value)))
+        words = (f"<span>{escape(visible(shlex.quote(item)))}</span>" for item in value)
+        return f"<code>{' '.join(words)}</code>"
     if isinstance(value, list):
         return "".join(map(cell, value))
-    return code(visible(str(value)))
+    return code(visible(str(value)) or '""')
 
 
 def train_defaults() -> dict[str, object]:

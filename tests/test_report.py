@@ -175,11 +175,14 @@ def test_many_heads_make_the_sentence_shorter(run, monkeypatch):
     assert sum(map(len, run_data["heads"])) <= 200
 
 
+@pytest.mark.parametrize("run", ["bpe"], indirect=True)
 def test_confusions_are_counted_over_the_validation_text(run):
     shown, (model, val) = section(page_of(run), "confuses"), opened(run)
     ids, pairs, n = val.tokens.astype(np.int64), {}, 0
-    for start in range(0, len(ids) - 1, 16):
-        window = torch.from_numpy(ids[start : start + 17])
+    T = model.config.block_size
+    assert (len(ids) - 1) % T  # the last window reaches beyond the end
+    for start in range(0, len(ids) - 1, T):
+        window = torch.from_numpy(ids[start : start + T + 1])
         with torch.no_grad():
             predicted = model(window[None, :-1])[0][0].argmax(-1)
         for pair in zip(window[1:].tolist(), predicted.tolist(), strict=True):
@@ -204,7 +207,7 @@ def test_the_record_is_shown_as_it_is_and_changed_options_come_first(run):
     (run / "run.json").write_text(json.dumps(record))
     shown = section(page_of(run), "How it was made")
     for wanted in (
-        "train.py &#x27;config/a b.py&#x27; &#x27;--x=&lt;i&gt;&#x27;",
+        "<span>train.py</span> <span>&#x27;config/a b.py&#x27;</span> <span>&#x27;--x=&lt;i&gt;",
         "<td>torch</td><td><code>2.13.0</code>",
         "<code>2026-01-02T03:04:05</code>",
         "<td>learning_rate</td><td><code>0.125</code>",
@@ -407,5 +410,10 @@ def test_the_page_fits_a_phone(trained, tmp_path, open_page, names):  # noqa: F8
         page.locator(".passage i[style]").nth(3).tap()
         box = page.locator("#tip").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
+        page.locator("canvas").first.scroll_into_view_if_needed()
+        page.wait_for_timeout(100)  # scrolling hides what is shown
+        page.locator("canvas").first.tap()
+        page.wait_for_timeout(100)
+        assert "layer 1, head 1" in page.locator("#tip").inner_text()
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(255, 255, 255)") == (scheme == "light")
