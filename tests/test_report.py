@@ -20,13 +20,15 @@ from conftest import MODERN, SMALL
 
 import runs
 from data import bins
+from data.tokenizer import CharTokenizer
 from folio import checkpoint, inspection, report, samples
 from folio.checkpoint import build_model
 from folio.samples import Sample
 from model import attention
 
 HOSTILE = (  # the start of a validation text
-    "</script><script>document.title='x'</script> <img src=x onerror=\"document.title='x'\"> "
+    "x <!-- </script><script>document.title='x'</script> <img src=x "
+    "onerror=\"document.title='x'\"> "
     'it\'s "quoted" & {{data}}\x07\u202eabc\u202c\r naïve café 日本語 \u05e9\u05dc\u05d5\n'
 )
 HEADINGS = ("The loss", "It learns", "surprises", "attention heads", "confuses", "How it was made")
@@ -39,7 +41,8 @@ def trained(tmp_path_factory, data_dir, text) -> Path:
     import train
 
     folder = tmp_path_factory.mktemp("runs")
-    for name, words in (("train.txt", text), ("val.txt", HOSTILE + text[:2000])):
+    texts = {"train.txt": text + " <!--" * 500, "val.txt": HOSTILE + text[:2000]}
+    for name, words in texts.items():  # " <!--" becomes a token
         (folder / name).write_bytes(words.encode())
     argv = [f"--input={folder}/train.txt", f"--val_input={folder}/val.txt", f"--data_dir={folder}"]
     assert prepare.main([*argv, "--name=text", "--tokenizer=bpe", "--vocab_size=300"]) == 0
@@ -262,11 +265,22 @@ def test_text_of_the_data_set_cannot_become_markup(run):
     assert not {"img", "onerror", "src"} & Tags(page).found
     assert page.count("<script") == page.count("</script>") == 2
     passage = section(page, "surprises")
+    assert "{{data}}</h1>" in page and "> &lt;!--</i>" in passage
+    assert "<" not in page.split('id="data">')[1].split("</script>")[0]
     assert "\\x07" in passage and "\u202e" not in page and "\x07" not in page
     assert "{{data}}" in re.sub("<[^>]*>", "", passage)
     shown = "".join(data_of(page)[0]["tokens"])
     assert "\u2423" in shown and " " not in shown
-    assert "\\x" in "".join(name for row in data_of(page)[0]["likeliest"] for name, _ in row)
+    assert "\\xe6\\x97\\xa5" in shown  # the bytes of a character that is no token
+
+
+def test_every_token_has_a_visible_name():
+    tok = CharTokenizer("a \n\t\u00a0\u200d\u202e\u05e9\U0001f600")
+    names = [inspection.token_name(tok, i) for i in tok.encode(tok.characters).tolist()]
+    wanted = ["a", "\u2423", "\\n", "\\t", "\\xa0", "\\u200d", "\\u202e", "\u05e9", "\U0001f600"]
+    assert names == wanted
+    assert inspection.token_name(tok, 99) == "id 99"  # a model may have more ids
+    assert inspection.visible("a\u202e \u200d\n\ud800") == "a\\u202e \u200d\n\\ud800"
 
 
 # ---- what is missing or damaged -----------------------------------------------------------------
@@ -356,7 +370,7 @@ def test_a_long_run_makes_no_large_file(run):
     for i in range(100):
         samples.append(run, Sample(100 + i, 2.0, "If", "x" * 20_000))
     page = page_of(run)
-    assert len(page) < 400_000 and "nan" not in section(page, "The loss")
+    assert len(page) < 150_000 and "nan" not in section(page, "The loss")
     shown = section(page, "It learns")
     assert "12 of 102" in shown and "update 10 " in shown and "update 199 " in shown
 
@@ -370,15 +384,14 @@ def test_hovering_shows_the_likeliest_tokens_and_the_weights(run, open_page):  #
     tip, token = page.locator("#tip"), page.locator(".passage i[style]").nth(7)
     assert not tip.is_visible()
     token.hover()
-    text = tip.inner_text()
-    assert f"surprise {run_data['surprise'][7]:.2f} nats" in text
+    assert tip.is_visible() and f"surprise {run_data['surprise'][7]:.2f} nats" in tip.inner_text()
     likeliest = page.locator("#tip td:first-child").all_inner_texts()
     assert likeliest == [name for name, _ in run_data["likeliest"][7]] and len(likeliest) == 5
     page.mouse.move(1, 1)
     assert not tip.is_visible()
     page.locator(".passage i[style]").first.focus()
     page.keyboard.press("ArrowRight")
-    assert f"surprise {run_data['surprise'][1]:.2f} nats" in tip.inner_text()
+    assert tip.is_visible() and f"surprise {run_data['surprise'][1]:.2f} nats" in tip.inner_text()
     page.keyboard.press("Escape")
     assert not tip.is_visible()
     canvas = page.locator("canvas").nth(3)
@@ -387,11 +400,9 @@ def test_hovering_shows_the_likeliest_tokens_and_the_weights(run, open_page):  #
     weight = page.evaluate("document.querySelectorAll('canvas')[3].weight(2, 1)")
     stored = np.frombuffer(base64.b64decode(run_data["heads"][3]), np.uint8)
     assert weight == stored[4] / 255  # rows of 1, 2, 3 weights
-    text = tip.inner_text()
-    names = run_data["sentence"]
-    assert (
-        "layer 2, head 2" in text and f"weight {weight:.2f} from {names[2]} to {names[1]}" in text
-    )
+    names, text = run_data["sentence"], tip.inner_text()
+    assert tip.is_visible() and "layer 2, head 2" in text
+    assert f"weight {weight:.2f} from {names[2]} to {names[1]}" in text
     drawn = "c => c.getContext('2d').getImageData(1, 2, 1, 1).data[3] / 255"
     assert abs(canvas.evaluate(drawn) - math.sqrt(weight)) < 0.01
     assert page.errors == []
@@ -408,12 +419,10 @@ def test_the_page_fits_a_phone(trained, tmp_path, open_page, names):  # noqa: F8
         assert page.evaluate("document.documentElement.scrollWidth") == 400
         assert page.errors == [] and "<" not in page.title() and page.title() != "x"
         page.locator(".passage i[style]").nth(3).tap()
-        box = page.locator("#tip").bounding_box()
+        box = page.locator("#tip").bounding_box()  # None if it is hidden
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
-        page.locator("canvas").first.scroll_into_view_if_needed()
-        page.wait_for_timeout(100)  # scrolling hides what is shown
         page.locator("canvas").first.tap()
-        page.wait_for_timeout(100)
-        assert "layer 1, head 1" in page.locator("#tip").inner_text()
+        tip = page.locator("#tip")
+        assert tip.is_visible() and "layer 1, head 1" in tip.inner_text()
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(255, 255, 255)") == (scheme == "light")
