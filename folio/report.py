@@ -339,8 +339,8 @@ def confusions_part(run: Source, _: dict) -> str:
         rows.append([*names, f"{count:,}", f"{meter}{count / n_wrong:.1%}"])
     accuracy = (
         f"<p>Over {n:,} tokens of the validation text, {_state(run)} is right "
-        f"<b>{1 - n_wrong / n:.1%}</b> of the time. Always predicting "
-        f"{code(token_name(tok, counts.argmax()))} would be right {counts.max() / n:.1%} of it.</p>"
+        f"<b>{1 - n_wrong / n:.1%}</b> of the time; always predicting "
+        f"{code(token_name(tok, counts.argmax()))} would give {counts.max() / n:.1%}.</p>"
     )
     return accuracy + table(rows, ["the token", "it predicted", "times", "of all mistakes"])
 

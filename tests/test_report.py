@@ -403,6 +403,7 @@ def test_hovering_shows_the_likeliest_tokens_and_the_weights(run, open_page):  #
     names, text = run_data["sentence"], tip.inner_text()
     assert tip.is_visible() and "layer 2, head 2" in text
     assert f"weight {weight:.2f} from {names[2]} to {names[1]}" in text
+    assert 0 < page.evaluate("scrollY") and 0 <= tip.bounding_box()["y"] < 720
     drawn = "c => c.getContext('2d').getImageData(1, 2, 1, 1).data[3] / 255"
     assert abs(canvas.evaluate(drawn) - math.sqrt(weight)) < 0.01
     assert page.errors == []
@@ -415,14 +416,17 @@ def test_the_page_fits_a_phone(trained, tmp_path, open_page, names):  # noqa: F8
     for scheme in ("light", "dark"):
         viewport = {"width": 400, "height": 800}
         page = open_page(f"file://{output}", viewport=viewport, color_scheme=scheme, has_touch=True)
+        page.locator(".passage i[style]").nth(3).tap()
+        tip = page.locator("#tip")
+        assert tip.is_visible()
+        page.locator("canvas").nth(1).tap(position={"x": 60, "y": 90})
+        assert tip.is_visible() and "layer 1, head 2" in tip.inner_text()
+        box = tip.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 393
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        more_heads = "for (let i = 0; i < 10; i++) l.append(l.lastElementChild.cloneNode(true))"
+        page.evaluate(f"document.querySelectorAll('.layer').forEach(l => {{ {more_heads} }})")
         assert page.evaluate("document.documentElement.scrollWidth") == 400
         assert page.errors == [] and "<" not in page.title() and page.title() != "x"
-        page.locator(".passage i[style]").nth(3).tap()
-        box = page.locator("#tip").bounding_box()  # None if it is hidden
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 400
-        page.locator("canvas").first.tap()
-        tip = page.locator("#tip")
-        assert tip.is_visible() and "layer 1, head 1" in tip.inner_text()
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(255, 255, 255)") == (scheme == "light")
