@@ -1,10 +1,12 @@
-"""List, show, verify and plot runs.
+"""List, show, verify, plot and report on runs.
 
 python runs.py                                       list the runs in out/
 python runs.py list elsewhere                        list those in another folder
 python runs.py show out/mine                         print the contents of checkpoints
 python runs.py verify out/mine data/mine             check the digests of checkpoints, data sets
 python runs.py plot out/a out/b --output=ab.png      plot the losses of several runs
+python runs.py report out/mine                       show in one HTML file what a run has learned
+python runs.py report out/a out/b --output=ab.html   show several side by side
 """
 
 from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
@@ -19,16 +21,16 @@ from typing import Literal
 
 from data import bins
 from data.errors import UserError
-from folio import checkpoint, plot, run_folder
+from folio import checkpoint, plot, report, run_folder
 from folio.checkpoint import Checkpoint
 from folio.options import PathStr, PathStrs, build_options, read_options
 
 
 @dataclass
 class RunsConfig:
-    action: Literal["list", "show", "verify", "plot"] = "list"  # what to do
+    action: Literal["list", "show", "verify", "plot", "report"] = "list"  # what to do
     paths: PathStrs = ()  # runs' folders or checkpoints; for list their parent folder
-    output: PathStr = "runs.png"  # the file that plot writes
+    output: PathStr = ""  # empty: runs.png for plot, report.html in the first folder for report
 
 
 @script
@@ -41,7 +43,12 @@ def main(argv: list[str]) -> int:
     if not paths:
         raise UserError(f"usage: python runs.py {options.action} PATH ...")
     if options.action == "plot":
-        return plot_runs(paths, Path(options.output))
+        return plot_runs(paths, Path(options.output or "runs.png"))
+    if options.action == "report":
+        output = Path(options.output or paths[0] / "report.html")
+        report.write(paths, output)
+        print(f"saved:   {output}")
+        return 0
     return check_files(paths, show=options.action == "show")
 
 
