@@ -55,7 +55,7 @@ class SampleConfig(Sampling):
     prompt: str = ""  # empty: start from end-of-text, a newline, or a random token
     interactive: bool = False  # read prompts from the terminal instead
     serve: bool = False  # read them from a web page instead, until Ctrl-C
-    host: str = "127.0.0.1"  # the page's address; 0.0.0.0: all of this machine, opened by IP only
+    host: str = "127.0.0.1"  # the page's address; 0.0.0.0: also for others, by IP address
     port: Annotated[int, "[0, 65535]"] = 8000  # its port; 0: any free one
 
     # the model

@@ -99,9 +99,10 @@ def generate(
     """Generate N tokens after idx (B or 1, T), yielding the ids (B,) of each position.
 
     `uniforms` (B, N) in [0, 1) are the random numbers for sampling, a row for each text. Ids from
-    `n_ids` on are never sampled. `on_logits` is called with the logits (B, V) of each. Up to block_size tokens the result is that of model.generate().
-    Beyond, a model with rotary positions attends to the last block_size tokens in every layer; one
-    with learned positions has no more of them, and restarts from the newer half of its context.
+    `n_ids` on are never sampled. `on_logits` is called with the logits (B, V) of each position. Up
+    to block_size tokens the result is that of model.generate(). Beyond, a model with rotary
+    positions attends to the last block_size tokens in every layer; one with learned positions has
+    no more of them, and restarts from the newer half of its context.
     """
     B, N = uniforms.shape
     block_size, rotary = model.config.block_size, model.config.rotary

@@ -89,9 +89,7 @@ def serve(
     with server:
         Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         if not ipaddress.ip_address(server.server_address[0]).is_loopback:
-            print(
-                f"warning: --host={host}: others on the network can use the page", file=sys.stderr
-            )
+            print(f"warning: --host={host}: others in the network can use it", file=sys.stderr)
         print(f"open {server.url} in a browser; Ctrl-C ends", file=sys.stderr, flush=True)
         try:
             server.work()
@@ -106,9 +104,8 @@ class Server(ThreadingHTTPServer):
     server_bind = TCPServer.server_bind  # HTTPServer's looks up the host's name
 
     def __init__(self, host: str, port: int):
-        self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        self.address_family, *_, address = found[0]
         super().__init__(address, Handler)
         self.queue = SimpleQueue()
         port = self.server_address[1]
