@@ -123,16 +123,16 @@ def test_the_bars_are_the_models_probabilities(server, runs, temperature, top_k,
         total += p
     whole = sum(p for _, p in kept)
     values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": 1}
-    line = generate(server, prompt="the s", **values)[-1]
-    shown = line["likeliest"]
+    lines = generate(server, prompt="the s", **values)
+    shown = lines[-1]["likeliest"]
     assert [token for token, _, _ in shown] == [token for token, _ in kept[:10]]
     assert [p for _, p, _ in shown] == pytest.approx([p / whole for _, p in kept[:10]], rel=1e-4)
-    assert [token for token, _, drawn in shown if drawn] in ([], [line["text"]])
+    assert [token for token, _, drawn in shown if drawn] in ([], [text_of(lines)])
 
 
 def test_greedy_has_one_bar_which_was_drawn(server):
-    line = generate(server, prompt="x", temperature=0, max_new_tokens=1)[-1]
-    assert line["likeliest"] == [[line["text"], 1.0, True]]
+    lines = generate(server, prompt="x", temperature=0, max_new_tokens=1)
+    assert lines[-1]["likeliest"] == [[text_of(lines), 1.0, True]]
 
 
 def test_a_token_that_is_part_of_a_character_is_shown():
@@ -258,7 +258,7 @@ def test_the_page_needs_nothing_from_elsewhere():
 
 
 def test_wrong_paths_and_methods(server):
-    for path in ("/no", "/serve.html", "/../sample.py", "//", "/settings/", "http://evil.example/"):
+    for path in ("/no", "/serve.html", "/../sample.py", "/settings/", "http://evil.example/"):
         assert ask(server, "GET", path).status == 404, path
     for method, path in (
         ("POST", "/"),
@@ -385,19 +385,18 @@ def test_the_page_streams_the_right_text(server, open_page):  # noqa: F811
     page.locator("#after", has_text="after").wait_for()
     assert "iteration 20, validation loss" in page.inner_text("#about")
     assert page.input_value("#prompt") == "The" and page.input_value("#temperature") == "1.5"
-    page.get_by_label("Prompt").fill("</span><b>a\n")
-    page.get_by_label("Length").fill("3000")
+    prompt = "more than 16 tokens </span><b>a\n"
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_label("Length").fill("2000")
     page.get_by_label("Seed").fill("5")
     page.keyboard.press("Control+Enter")
-    page.locator(
-        "#speed", has_text=re.compile(r"^\d+ of 3,000 tokens, [\d,.]+ tokens/s")
-    ).wait_for()
-    assert 0 < len(page.text_content("#text")) < 3000, "it streams"
-    page.locator("#status", has_text="Only the last 16 of the prompt's").wait_for(state="detached")
-    page.locator("#status", has_text="Done.").wait_for()
-    expected = text_of(generate(server, prompt="</span><b>a\n", max_new_tokens=3000, seed=5))
+    under_way = re.compile(r"^\d{1,3} of 2,000 tokens, [\d,.]+ tokens/s$")
+    page.locator("#speed", has_text=under_way).wait_for()
+    note = f"Only the last 16 of the prompt's {len(prompt)} tokens were used."
+    page.locator("#status", has_text=note).wait_for()
+    expected = text_of(generate(server, prompt=prompt, max_new_tokens=2000, seed=5))
     assert page.text_content("#text") == expected
-    assert page.text_content("#given") == "</span><b>a\n" and page.locator("b").count() == 0
+    assert page.text_content("#given") == prompt and page.locator("b").count() == 0
     assert page.errors == []
 
 
