@@ -32,7 +32,7 @@ from queue import Empty, SimpleQueue
 from socketserver import TCPServer
 from threading import Thread
 
-import torch
+from torch import Tensor
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
@@ -73,8 +73,9 @@ def serve(
     """Serve the page until a signal ends the program. `prompt` and `sampling` are what it starts
     with, `about` says which model it is. Raises UserError if the address cannot be used.
     """
-    initial = Request(**{f.name: getattr(sampling, f.name) for f in fields(Sampling)})
-    initial.prompt = prompt
+    initial = Request(
+        **{f.name: getattr(sampling, f.name) for f in fields(Sampling)}, prompt=prompt
+    )
     try:
         server = Server(host, port)
     except (OSError, ValueError) as error:  # ValueError: no possible name of a host
@@ -226,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_head(200, "application/x-ndjson")
         logits, last_line = None, 0.0
 
-        def keep(new_logits: torch.Tensor) -> None:
+        def keep(new_logits: Tensor) -> None:
             nonlocal logits
             logits = new_logits
 
@@ -292,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def likeliest(
-    tok: Tokenizer, logits: torch.Tensor, sampling: Sampling, drawn: int
+    tok: Tokenizer, logits: Tensor, sampling: Sampling, drawn: int
 ) -> list[tuple[str, float, bool]]:
     """The likeliest next tokens by logits (1, V), the first one first: the text, the probability
     with which it is drawn, and whether it was. Bytes of an incomplete character are escaped."""
