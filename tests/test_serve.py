@@ -144,15 +144,32 @@ def test_a_generation_streams_and_ends_when_the_browser_goes(server):
     line = json.loads(first.readline())
     assert line["text"] and not line["done"] and line["n_tokens"] < 1000
     second = {}
-    waiting = threading.Thread(target=lambda: second.update(lines=generate(server, prompt="b")))
+    short = {"prompt": "b", "max_new_tokens": 1}
+    waiting = threading.Thread(target=lambda: second.update(lines=generate(server, **short)))
     waiting.start()
     waiting.join(0.5)
     assert not second, "it waits for the first"
     assert not json.loads(first.readline())["done"]
     first.close()
-    start = time.monotonic()
-    waiting.join(20)
-    assert second and time.monotonic() - start < 5
+    waiting.join(10)
+    assert second
+
+
+def test_a_generation_ends_within_a_chunk(runs, monkeypatch):
+    """Even if there is no line to send, which would fail."""
+    monkeypatch.setattr(serve, "LINE_SECONDS", 1000)
+    with serve.Server("127.0.0.1", 0) as own:
+        own.model, own.tok, _ = load_models(str(runs / "gpt"))
+        own.initial, own.port = serve.Request(), own.server_address[1]
+        for work in (own.serve_forever, own.work):
+            threading.Thread(target=work, daemon=True).start()
+        first = ask(own, body=json.dumps(LONG))
+        assert not json.loads(first.readline())["done"]
+        first.close()
+        start = time.monotonic()
+        generate(own, prompt="b", max_new_tokens=1)
+        assert time.monotonic() - start < 10
+        own.shutdown()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -160,6 +177,7 @@ def test_a_generation_streams_and_ends_when_the_browser_goes(server):
     "names, number, code", [("gpt,bigram", "SIGINT", 130), ("bigram", "SIGTERM", 143)]
 )
 def test_any_model_is_served_until_a_signal(runs, monkeypatch, capsys, names, number, code):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.chdir(runs)
     argv = (f"--checkpoint={names}", "--prompt=The ", "--stop=ee")
     assert sample.main([*argv, "--device=cpu"]) == 0
@@ -171,9 +189,8 @@ def test_any_model_is_served_until_a_signal(runs, monkeypatch, capsys, names, nu
         idle = socket.create_connection(("127.0.0.1", server.port))
         running = ask(server, body=json.dumps({**LONG, "temperature": 0}))
         assert not json.loads(running.readline())["done"]
-        start = time.monotonic()
         server.send_signal(getattr(signal, number))
-        assert server.wait(timeout=20) == code and time.monotonic() - start < 5
+        assert server.wait(timeout=10) == code
         rest = server.stderr.read()
         assert rest == ("error: interrupted\n" if code == 130 else ""), rest
         idle.close()
@@ -369,7 +386,7 @@ def test_stop_stops(server, open_page):  # noqa: F811
     page.locator("#status", has_text="Stopped.").wait_for()
     start = time.monotonic()
     generate(server, prompt="a", max_new_tokens=1)
-    assert time.monotonic() - start < 5 and page.errors == []
+    assert time.monotonic() - start < 10 and page.errors == []
     assert len(page.text_content("#text")) < 90_000
     assert page.get_by_role("button", name="Stop").is_disabled()
 
