@@ -50,7 +50,7 @@ N_LIKELIEST = 10  # tokens that are shown with their probabilities
 
 @dataclass
 class Request(Sampling):
-    prompt: str = ""
+    prompt: str = ""  # the text to continue
 
 
 class Refused(UserError):
@@ -249,7 +249,14 @@ class Handler(BaseHTTPRequestHandler):
 
         try:
             generate_texts(
-                server.model, server.tok, ids, request, range(1), send, 1, on_logits=keep
+                server.model,
+                server.tok,
+                ids,
+                request,
+                range(1),
+                send,
+                chunk_tokens=1,
+                on_logits=keep,
             )
         except (MemoryError, RuntimeError) as error:
             message, _ = explain(error)
@@ -289,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_json(code, {"error": " ".join(message.split())[:300]})
 
     def log_message(self, *_: object) -> None:
-        """Nothing: requests are not logged."""
+        """Nothing: neither requests nor slow browsers are logged."""
 
 
 def likeliest(

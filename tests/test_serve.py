@@ -317,7 +317,7 @@ def test_a_body_must_be_json_of_a_known_small_size(server):
     assert ask(server, Content_Type="application/json; charset=utf-8").status == 200
 
 
-def test_a_slow_client_holds_nobody_and_is_left(own, monkeypatch):
+def test_a_slow_client_holds_nobody_and_is_left(own, monkeypatch, capsys):
     assert serve.Handler.timeout <= 30
     monkeypatch.setattr(serve.Handler, "timeout", 1)
     own.page = bytes(2**26)
@@ -334,6 +334,7 @@ def test_a_slow_client_holds_nobody_and_is_left(own, monkeypatch):
     assert sum(map(len, iter(lambda: slow[3].recv(2**20), b""))) < 2**26
     for connection in slow:
         connection.close()
+    assert capsys.readouterr().err == ""
 
 
 # ---- the options
