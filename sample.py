@@ -7,6 +7,7 @@
     echo "To be" | python sample.py --prompt -
     python sample.py --checkpoint gpt2-xl --prompt "The answer to life, the universe and everything"
     python sample.py --interactive                                a prompt per line, until Ctrl-D
+    python sample.py --serve                                      a page to type prompts into
 
     prompt -> Tokenizer.encode -> ids (T,) -> generate() -> ids (B,) -> TextStream -> text
 
@@ -53,6 +54,9 @@ class SampleConfig(Sampling):
     # the prompt: text with the escapes \n, \t, \r and \\; FILE:path; - for standard input
     prompt: str = ""  # empty: start from end-of-text, a newline, or a random token
     interactive: bool = False  # read prompts from the terminal instead
+    serve: bool = False  # read them from a web page instead, until Ctrl-C
+    host: str = "127.0.0.1"  # the page's address; 0.0.0.0: also for others, by IP address
+    port: Annotated[int, "[0, 65535]"] = 8000  # its port; 0: any free one
 
     # the model
     checkpoint: PathStr = ""  # file, folder or Hub id; a,b: their mean; empty: the newest run
@@ -72,6 +76,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--interactive reads prompts from the terminal; it does not take --prompt")
     if options.interactive and options.output:
         raise UserError("--interactive prints its samples; it does not take --output")
+    if options.serve and (options.interactive or options.output or options.num_samples > 1):
+        raise UserError("--serve does not take --interactive, --output or --num_samples")
     device = find_device(options.device)
     prompt = read_prompt(options.prompt)
     options.stop = tuple(map(unescape, options.stop))
@@ -85,7 +91,12 @@ def main(argv: list[str]) -> None:
     iteration = "" if iter_num is None else f"iteration {iter_num}, "
     loss = f"validation loss {val_loss:.4f}, " if type(val_loss) is float else ""
     about = "the mean of several models, " if isinstance(model, Ensemble) else iteration + loss
-    print(f"{name}: {about}{device}", file=sys.stderr)
+    about = f"{name}: {about}{device}"
+    print(about, file=sys.stderr)
+    if options.serve:
+        from folio.serve import serve  # http.server takes a while to import
+
+        return serve(model, tok, about, prompt, options, options.host, options.port)
     if not options.interactive:
         return print_samples(model, tok, prompt, ids, options)
     print("type a prompt and press Enter; Ctrl-D ends (Windows: Ctrl-Z)", file=sys.stderr)

@@ -94,13 +94,15 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     n_ids: int | None = None,
+    on_logits: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """Generate N tokens after idx (B or 1, T), yielding the ids (B,) of each position.
 
     `uniforms` (B, N) in [0, 1) are the random numbers for sampling, a row for each text. Ids from
-    `n_ids` on are never sampled. Up to block_size tokens the result is that of model.generate().
-    Beyond, a model with rotary positions attends to the last block_size tokens in every layer; one
-    with learned positions has no more of them, and restarts from the newer half of its context.
+    `n_ids` on are never sampled. `on_logits` is called with the logits (B, V) of each position. Up
+    to block_size tokens the result is that of model.generate(). Beyond, a model with rotary
+    positions attends to the last block_size tokens in every layer; one with learned positions has
+    no more of them, and restarts from the newer half of its context.
     """
     B, N = uniforms.shape
     block_size, rotary = model.config.block_size, model.config.rotary
@@ -113,6 +115,8 @@ def generate(
             new_ids = context[:, -max(1, cache.size // 2) :]
         logits, _ = model.forward(new_ids, cache=cache)  # not compiled: T varies
         logits = logits[:, -1, :n_ids].expand(B, -1)
+        if on_logits:
+            on_logits(logits)
         ids = sample_token(logits, u, temperature, top_k, top_p)
         yield ids
         new_ids = ids[:, None]
@@ -130,11 +134,28 @@ def sample_token(
     """
     if temperature == 0:
         return logits.argmax(-1)
+    ids, probs = _candidates(logits, temperature, top_k, top_p)
+    index = inverse_cdf(probs, u)
+    return index if ids is None else ids.gather(-1, index[:, None])[:, 0]
+
+
+def next_probs(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+    """The probabilities (B, V) with which sample_token() draws each id."""
+    if temperature == 0:
+        return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    ids, probs = _candidates(logits, temperature, top_k, top_p)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return probs if ids is None else probs.new_zeros(logits.shape).scatter(-1, ids, probs)
+
+
+def _candidates(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float
+) -> tuple[Tensor | None, Tensor]:
+    """The ids (B, K) that top_k keeps, ascending (None: all of them), and their token_probs()."""
     if top_k is None or top_k >= logits.shape[-1]:
-        return inverse_cdf(token_probs(logits, temperature, top_p), u)
-    top_ids = logits.topk(top_k, sorted=False).indices.sort().values  # ordered as without top_k
-    index = inverse_cdf(token_probs(logits.gather(-1, top_ids), temperature, top_p), u)
-    return top_ids.gather(-1, index[:, None])[:, 0]
+        return None, token_probs(logits, temperature, top_p)
+    ids = logits.topk(top_k, sorted=False).indices.sort().values
+    return ids, token_probs(logits.gather(-1, ids), temperature, top_p)
 
 
 def token_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -231,6 +252,7 @@ def generate_texts(
     samples: range,
     on_chunk: "Callable[[list[TextStream]], None]",
     chunk_tokens: int = CHUNK_TOKENS,
+    on_logits: Callable[[Tensor], None] | None = None,
 ) -> "list[TextStream]":
     """Generate the samples of these numbers after ids (T,), as one batch; return their texts.
 
@@ -249,6 +271,7 @@ def generate_texts(
         sampling.top_k,
         sampling.top_p,
         tok.vocab_size,
+        on_logits,
     )
     while chunk := list(islice(new_ids, chunk_tokens)):  # (B,) each
         for step in torch.stack(chunk).tolist():

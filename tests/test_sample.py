@@ -21,6 +21,7 @@ from folio.generation import (
     generate,
     generate_texts,
     inverse_cdf,
+    next_probs,
     sample_token,
     token_probs,
 )
@@ -89,6 +90,15 @@ def test_draw_follows_the_probabilities(seed):
     ids = inverse_cdf(probs.expand(10_000, -1), grid)
     shares = ids.bincount(minlength=20) / 10_000
     assert (shares - probs[0]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("options", [(0, 9, 1.0), (0.7, 9, 1.0), (2.0, 3, 1.0), (1.0, 4, 0.7)])
+def test_the_probabilities_are_those_of_the_draw(options):
+    logits = torch.tensor([[0.5, 2.0, 1.0, -1.0, 2.0]])
+    grid = (torch.arange(10_000) + 0.5) / 10_000
+    ids = sample_token(logits.expand(10_000, -1), grid, *options)
+    shares = ids.bincount(minlength=5) / 10_000
+    assert (shares - next_probs(logits, *options)[0]).abs().max() < 2e-4
 
 
 def test_draw_never_takes_what_has_no_probability():
