@@ -79,6 +79,7 @@ class Scorer:
     def _rate(self, batch: list[tuple[int, list[int], int]]) -> list[tuple[float, bool]]:
         """The log-likelihood and greediness of the last tokens of windows."""
         device = next(self.model.parameters()).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         length = max(len(window) for _, window, _ in batch)
         padded = [window + [0] * (length - len(window)) for _, window, _ in batch]
         ids = torch.tensor(padded, device=device)  # (B, T + 1)
@@ -89,8 +90,8 @@ class Scorer:
             end = len(window) - 1
             log_probs = row[end - n : end].float().log_softmax(-1)  # (n, V)
             target = targets[end - n : end]
-            total = log_probs.gather(1, target[:, None]).sum(dtype=torch.float64)
-            rated.append(torch.stack((total, (log_probs.argmax(-1) == target).all().double())))
+            total = log_probs.gather(1, target[:, None]).sum(dtype=dtype)
+            rated.append(torch.stack((total, (log_probs.argmax(-1) == target).all().to(dtype))))
         return [(total, bool(is_greedy)) for total, is_greedy in torch.stack(rated).tolist()]
 
 

@@ -1,10 +1,15 @@
 """Promise: README and docs/ say what the programs do now."""
 
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from options_page import PAGES, page
+
+from folio.metrics import read_metrics
 
 README = (ROOT / "README.md").read_text("utf-8")
 DOCS = {path.name: path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -43,3 +48,26 @@ def test_every_recipe_is_listed_and_says_what_it_takes():
         text = path.read_text()
         assert len(text.splitlines()) <= 25 and f"python train.py config/{path.name}" in text
         assert "Hardware:" in text and "loss" in text, path.name
+
+
+def test_the_example_of_contributing_works(data_dir, tmp_path):
+    """Its lines are added to a copy of the code, which then trains with what they add."""
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    for path in ("model.py", "train.py", "folio", "data", "config"):
+        copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
+        copy(ROOT / path, tmp_path / path)
+    n_lines = 0
+    for name, hunks in re.findall(r"\+\+\+ b/(\S+)\n(.*?)(?=^---|\Z)", diff[1], re.M | re.DOTALL):
+        text = (tmp_path / name).read_text("utf-8")
+        for hunk in hunks.split("@@\n")[1:]:
+            lines = hunk.splitlines(keepends=True)
+            old, new = ("".join(x[1:] for x in lines if x[0] in kept) for kept in (" -", " +"))
+            assert text.count(old) == 1, old
+            text, n_lines = text.replace(old, new), n_lines + sum(x[0] == "+" for x in lines)
+        (tmp_path / name).write_text(text, "utf-8")
+    assert n_lines == 5
+    words = [*SMALL, f"--data_dir={data_dir}", "--activation=silu", "--schedule=late"]
+    words += ["--warmup_iters=0", "--log_interval=1", f"--out_dir={tmp_path / 'run'}"]
+    subprocess.run([sys.executable, tmp_path / "train.py", *words], check=True, cwd=tmp_path)
+    rates = [float(row["lr"]) for row in read_metrics(tmp_path / "run/metrics.csv") if row["lr"]]
+    assert rates[:17] == [1e-3] * 17 and rates[17:] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4])
