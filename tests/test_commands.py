@@ -38,6 +38,8 @@ NOT_RUN = {  # the start of commands: why they are not run
     "py -3 ": "is for Windows",
     "apt-get ": "needs a network",
     "pytest": "runs this test",
+    "ruff ": "is a part of .ci/run",
+    "python sample.py --serve": "goes on until it is stopped; test_serve has it",
     ".ci/run": "runs this test",
     "python tests/": "benchmarks take minutes",
     "python prepare.py openwebtext": "needs a network",
@@ -58,6 +60,7 @@ POSITIONAL = {"prepare": ("dataset",)}  # of the scripts in NOT_RUN
 OTHERS = {  # options of other programs
     "standalone", "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint",
     "max-restarts", "index-url", "help", "key", "flag", "model_args", "tasks", "large",
+    "check", "logdir",
 }  # fmt: skip
 
 
@@ -138,7 +141,7 @@ def template(tmp_path_factory, text) -> Path:
             shutil.copytree("data/mine", f"data/{name}")
         argv = ["config/shakespeare_char.py", "--dataset=mine", "--out_dir=out/mine"]
         assert train.main([*argv, *SMALL["train"], "--max_iters=2"]) == 0
-        for name in ("a", "b", "poems", "prose"):
+        for name in ("a", "b", "quickstart", "poems", "prose"):
             shutil.copytree("out/mine", f"out/{name}")
         argv = ["config/shakespeare_char_gpt2.py", "--out_dir=out/finetune_shakespeare"]
         assert train.main([*argv, *SMALL["train"]]) == 0

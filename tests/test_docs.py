@@ -11,24 +11,41 @@ from options_page import PAGES, page
 
 from folio.metrics import read_metrics
 
-README = (ROOT / "README.md").read_text("utf-8")
-DOCS = {path.name: path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")}
+PATHS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES_OF = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in PATHS}
+README = PAGES_OF["README.md"]
 
 
 def test_the_options_page_is_what_help_prints():
-    assert DOCS["options.md"] == page(), "python tests/options_page.py > docs/options.md"
+    assert PAGES_OF["docs/options.md"] == page(), "python tests/options_page.py > docs/options.md"
 
 
 def test_every_script_has_its_options_on_that_page():
     assert {path.name for path in ROOT.glob("*.py")} - {"model.py"} == set(PAGES)
 
 
-@pytest.mark.parametrize("name", ["README.md", *DOCS])
+@pytest.mark.parametrize("name", PAGES_OF)
 def test_every_file_that_is_named_exists(name):
-    text = README if name == "README.md" else DOCS[name]
+    text = PAGES_OF[name]
     folders = "config|tests|tests/bench|assets|docs|folio|data"
     for path in re.findall(rf"\b(?:{folders})/\w+\.(?:py|md|png)\b", text):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", PAGES_OF)
+def test_every_link_leads_to_what_it_names(name):
+    """To a file, to a heading of a page, or to the line of a function or a class."""
+    for text, target in re.findall(r"\[([^\]]+)\]\((?!https?:)([^)\s]+)\)", PAGES_OF[name]):
+        path, _, place = target.partition("#")
+        path = (ROOT / name).parent / path if path else ROOT / name
+        assert path.exists(), target
+        if place.startswith("L"):
+            line = path.read_text("utf-8").splitlines()[int(place[1:]) - 1]
+            assert re.match(rf"(def|class) {text.strip('`()')}\b", line), f"{text}: {line}"
+        elif place:
+            headings = re.findall(r"^#+ (.*)", path.read_text("utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert place in anchors, target
 
 
 def test_every_file_is_in_the_tree():
