@@ -28,7 +28,8 @@ def same(curve: list, other: list) -> bool:
     ]
 
 
-def test_tensorboard_curves_go_on_after_a_resume(train_small, resume_run):
+def test_tensorboard_curves_go_on_after_a_resume(train_small, resume_run, monkeypatch):
+    monkeypatch.setattr(metrics, "SHOWING", 100.0)  # as if continuations took no time
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert train_small("--tensorboard", "--sample_interval=10", "--num_samples=2") == 0
@@ -43,6 +44,8 @@ def test_tensorboard_curves_go_on_after_a_resume(train_small, resume_run):
     samples = events.Tensors("sample/text_summary")
     assert [event.step for event in samples] == [10, 10, 20, 20, 30, 30]
     assert len(samples[0].tensor_proto.string_val[0]) > 20
+    continued = events.Tensors("continuation/text_summary")
+    assert [event.step for event in continued] == [10, 20, 30]
     options = events.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| n_embd | 32 |" in options
 
