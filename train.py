@@ -256,7 +256,7 @@ def show_progress(run: Run, log: metrics.Log) -> None:
     if log.sampling.allows() and not run.cfg.fsdp:
         with log.sampling.spend():
             log.add_continuation(run.continuation())
-    if log.drawing.allows():
+    if log.drawing.allows() and not end_reason(run):  # at the end it is drawn in any case
         with log.drawing.spend():
             plot_losses(Path(run.cfg.out_dir), run.baselines)
 

@@ -20,7 +20,7 @@ CHILD = """
 import json, sys, time
 sys.path.insert(0, {root!r})
 import train
-from folio import metrics, run, startup
+from folio import run, startup
 times = {{"imports": time.time() - {began}}}
 
 def measure(part, owner, name):
@@ -35,11 +35,12 @@ def measure(part, owner, name):
 
 measure("data set", startup, "find_dataset")
 measure("model, optimizers", train, "build_run")
-measure("plan", train, "plan")
+measure("plan", train.plan, "plan")
 measure("evaluations", run.Run, "evaluate")
 measure("saves", run.Run, "save")
 measure("samples", train, "add_samples")
-measure("picture", metrics, "plot_losses")
+measure("continuations", run.Run, "continuation")
+measure("pictures", train, "plot_losses")
 loop = train.training_loop
 
 def training_loop(run, log):
