@@ -59,18 +59,18 @@ def list_runs(parents: list[Path]) -> int:
     if not found:
         raise UserError(f"no runs in {', '.join(map(str, parents))}")
     print(f"{'run':<24}{'model':>10}{'updates':>9}{'best loss':>10}{'minutes':>8}  saved")
-    groups = {}  # options and data -> [(run, best loss)]
+    groups = {}  # options and data -> the first run, {seed: best loss}
     for path in sorted(found, key=lambda path: path.stat().st_mtime):
         saved, meta = time.localtime(path.stat().st_mtime), checkpoint.read_header(path)
         print(f"{str(path.parent):<24}{describe(meta)}  {time.strftime('%Y-%m-%d %H:%M', saved)}")
         with suppress(LookupError, TypeError, AttributeError):
             loss = float(meta["progress"]["best_val_loss"])
-            groups.setdefault(what_was_done(path.parent, meta), []).append((path.parent, loss))
-    for same in groups.values():
-        if len(same) > 1:
-            first, losses = same[0][0], [loss for _, loss in same]
-            spread = f"{mean(losses):.4f}, standard deviation {stdev(losses):.4f}"
-            print(f"{len(same)} seeds of the options of {first}: best loss {spread}")
+            of_seeds = groups.setdefault(what_was_done(path.parent, meta), (path.parent, {}))[1]
+            of_seeds[meta["run_config"]["seed"]] = loss
+    for first, losses in groups.values():
+        if len(losses) > 1:
+            spread = f"{mean(losses.values()):.4f}, standard deviation {stdev(losses.values()):.4f}"
+            print(f"{len(losses)} seeds of the options of {first}: best loss {spread}")
     return 0
 
 
@@ -89,7 +89,7 @@ def describe(meta: dict) -> str:
     try:
         config, progress = meta["model_config"], meta["progress"]
         model = f"{config['n_layer']} x {config['n_embd']}" if meta["model"] == "gpt" else "bigram"
-        loss, minutes = progress.get("best_val_loss"), progress.get("train_seconds", 0.0) / 60
+        loss, minutes = progress.get("best_val_loss"), progress.get("wall_seconds", 0.0) / 60
         loss = "-" if loss is None else f"{loss:.4f}"
         return f"{model:>10}{progress['iter_num']:>9,}{loss:>10}{minutes:>8.1f}"
     except (LookupError, TypeError, ValueError, AttributeError):

@@ -57,7 +57,7 @@ class TrainConfig(GPTConfig):
     checkpoint: PathStr = ""  # with resume: the checkpoint to resume from; empty: the latest
     out_dir: PathStr = "out/run"  # the run's folder; an older run there is moved aside
     seed: Annotated[int, "[0, inf)"] = 1337  # seed of the weights, the data order, and dropout
-    teacher: str = ""  # models a,b to learn from: half of the loss is with their probabilities
+    teacher: str = ""  # models a,b to distill from: half of the loss is with their mean
 
     # when it ends: the first condition that is met
     max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: no limit
@@ -109,6 +109,8 @@ class TrainConfig(GPTConfig):
         startup.check_batch_size(self.batch_size, self.micro_batch_size)
         if self.fsdp and self.optimizer == "muon":
             raise ValueError("fsdp shards the matrices, which Muon needs whole; use adamw")
+        if self.plan and self.eval_only:
+            raise ValueError("plan and eval_only exclude each other")
         if self.teacher and self.model == "bigram":
             raise ValueError("a bigram model cannot learn from a teacher")
         ends = (self.target_train_loss, self.target_val_loss, self.patience)
@@ -246,9 +248,10 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
         )
         seconds = metrics.format_seconds(progress.wall_seconds)
         log.print_state(progress.iter_num, f"{text}, {seconds}")
+    run.save()
+    with distributed.together():
         if distributed.is_main():
             show_progress(run, log)
-    run.save()
 
 
 def show_progress(run: Run, log: metrics.Log) -> None:
@@ -358,10 +361,9 @@ def launch(argv: list[str], run: Run, resumed_from: Path | None) -> int:
     with run.stop:
         try:
             plan.plan(run, update)
+            run.check_stop()
             with distributed.together():
                 run.check_disk()
-            if run.is_stopped():
-                return report_stop(run)
             if cfg.plan:
                 return 0
             new_folder = distributed.on_main(run_folder.new_folder(out_dir))
@@ -371,6 +373,8 @@ def launch(argv: list[str], run: Run, resumed_from: Path | None) -> int:
                 with distributed.together():
                     run.write_record(argv)
                 return run_to_end(run)
+        except Stopped:
+            return report_stop(run)
         except torch.OutOfMemoryError:
             raise machine.out_of_memory(cfg) from None
 
@@ -407,7 +411,8 @@ def run_to_end(run: Run) -> int:
     print(f"done:    {reason} after {progress.iter_num:,} updates")
     plan.report_overrun(run)
     print_loss(run)
-    print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, metrics.csv, samples.txt, loss.png")
+    others = "metrics.csv, loss.png" if cfg.fsdp else "metrics.csv, samples.txt, loss.png"
+    print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, {others}")
     where = "" if out_dir.parent == Path("out") else f"--checkpoint {quote(str(out_dir))} "
     print(f'next:    python sample.py {where}--prompt "{run.first_word()}"')
     return 0
@@ -415,6 +420,8 @@ def run_to_end(run: Run) -> int:
 
 def print_loss(run: Run) -> None:
     """Print the best validation loss, and those of models that need no training."""
+    if not distributed.is_main():
+        return
     token = "character" if run.tok.meta()["kind"] == "char" else "token"
     others = ", ".join(f"{name} {loss:.3f}" for name, loss in run.baselines.items())
     best = run.progress.best_val_loss
@@ -424,7 +431,9 @@ def print_loss(run: Run) -> None:
 def report_stop(run: Run) -> int:
     """Print when a signal ended the run; return the exit code."""
     name, iter_num = run.stopped.name, run.progress.iter_num
-    if iter_num:
+    if run.cfg.plan:
+        print(f"stopped: {name}")
+    elif iter_num:
         print(f"stopped: {name} after {iter_num:,} updates; saved")
         print(f"resume:  python train.py --init_from=resume --out_dir={quote(run.cfg.out_dir)}")
     else:

@@ -290,6 +290,13 @@ def _check_count(name: str, value: object, largest: int) -> None:
         raise ValueError(f"{name} must be a whole number in [1, {largest}], not {value!r:.20}")
 
 
+def baselines(dataset: Dataset) -> dict[str, float]:
+    """The validation losses of models that need no training, in nats per token: a guess among all
+    ids alike, and a bigram model."""
+    bigram = bigram_loss(dataset.train.tokens, dataset.val.tokens, dataset.vocab_size)
+    return {"uniform": math.log(dataset.vocab_size), "bigram": bigram}
+
+
 def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
     """The loss on `val`, in nats per token, of a bigram model counted on `train`: a baseline.
 

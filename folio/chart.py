@@ -8,8 +8,9 @@ import math
 from html import escape
 from typing import NamedTuple
 
+from folio.plot import smooth
+
 CURVE_POINTS = 800  # longest curve
-SMOOTHED_SHARE = 1 / 25  # of a curve's points that its moving average covers
 LABEL_HEIGHT = 6.0  # percent
 N_COLORS = 6  # in report.html
 
@@ -94,15 +95,7 @@ def draw(runs: list[Curves], baselines: list[tuple[str, float]]) -> str:
 
 
 def smoothed(points: Points) -> Points:
-    """The moving average of a curve; each mean is over as many points before as after."""
-    width, sums = math.ceil(len(points) * SMOOTHED_SHARE / 2), [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
-    result = []
-    for i, (x, _) in enumerate(points):
-        n = min(width, i, len(points) - 1 - i)
-        result.append((x, (sums[i + n + 1] - sums[i - n]) / (2 * n + 1)))
-    return result
+    return list(zip([x for x, _ in points], smooth([y for _, y in points]), strict=True))
 
 
 def thinned(points: Points) -> Points:

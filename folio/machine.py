@@ -177,7 +177,10 @@ def memory_parts(model: LanguageModel, cfg: Any) -> dict[str, int]:
     n_tokens = cfg.micro_batch_size * c.block_size
     parts = {"weights": 4 * n_params}
     if not cfg.eval_only:
-        parts |= {"gradients": 4 * n_params, "optimizer": 8 * n_params}
+        by_muon = 0  # matrices of blocks, which have one moment instead of AdamW's two
+        if cfg.optimizer == "muon" and isinstance(model, GPT):
+            by_muon = sum(p.numel() for p in model.h.parameters() if p.dim() == 2)
+        parts |= {"gradients": 4 * n_params, "optimizer": 8 * n_params - 4 * by_muon}
     if cfg.fsdp:
         parts = {name: n_bytes // distributed.world_size() for name, n_bytes in parts.items()}
         # what is gathered at a time: the embeddings, and about two blocks
@@ -309,7 +312,10 @@ def about(device: str) -> dict[str, Any]:
 
 def _commit() -> str:
     """The git commit of this code, with "-dirty" if it was changed since; empty if unknown."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

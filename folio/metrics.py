@@ -15,6 +15,7 @@ TensorBoard and Weights & Biases get the same numbers under the same names.
 import csv
 import html
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ from folio import distributed, samples
 from folio.checkpoint import TEMPORARY
 from folio.samples import Sample
 
-SHOWING = 0.02  # of a run's time may go to samples.txt, and as much to loss.png
+MAX_SHARE = 0.02  # of a run's time may go to samples.txt, and as much to loss.png
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 BAR_WITHOUT_END = "{n_fmt} updates in {elapsed}{postfix}"
 COLUMNS = (
@@ -98,7 +99,7 @@ class Log:
         self._trackers, self._is_main = trackers, distributed.is_main()
         self._previous = tokens, train_seconds
         self._width, self._n_logs = len(f"{max_iters or 10**6:,}"), 0
-        self.sampling, self.drawing = Share(SHOWING), Share(SHOWING)
+        self.sampling, self.drawing = Share(MAX_SHARE), Share(MAX_SHARE)
         self.bar = tqdm(
             initial=iter_num,
             total=max_iters or None,
@@ -311,7 +312,8 @@ def _is_number(text: str) -> bool:
 
 
 def format_seconds(seconds: float) -> str:
-    """Format a duration as 45 s, 12 min or 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    """Format a duration as 45 s, 2.4 min, 12 min or 3.5 h."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (math.inf, 3600, "h")):
+        if seconds < limit:
+            n = seconds / unit
+            return f"{n:.0f} {name}" if unit == 1 or n >= 10 else f"{n:.1f} {name}"

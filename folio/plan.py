@@ -15,8 +15,8 @@ from folio.run import Progress, Run
 
 EVALS = 5  # evaluations of a run with eval_interval=0
 MIN_ITERS = 100  # the smallest number of updates that --minutes chooses
-TRIALS, TRIAL_SECONDS = 10, 0.5  # of a timing, which stops at the first limit;
-BUDGET_SHARE, BUDGET_SECONDS = 0.02, 3.0  # with --minutes at the smaller of these
+TRIALS, TRIAL_SECONDS = 10, 0.5  # a timing stops after so many trials or seconds
+BUDGET_SHARE, BUDGET_SECONDS = 0.02, 3.0  # with --minutes: after 2% of them, or 3 s
 SAVE_SPEED = 2**29  # bytes a second that are written to a disk
 REAL_UPDATES, REAL_SECONDS = 3, 60.0  # --plan makes so many updates, if they take less than this
 
@@ -24,12 +24,18 @@ Update = Callable[[Run], object]
 
 
 def plan(run: Run, update: Update) -> None:
-    """Time an update, set the length and the intervals that are still open, print the plan."""
+    """Time an update, set the length and the intervals that are still open, print the plan.
+
+    `update` is train.py's, which this module cannot import. Raises Stopped after a signal.
+    """
     cfg, progress = run.cfg, run.progress
     seconds, eval_seconds = time_update(run, update), time_evaluation(run)
     if cfg.minutes:
         max_iters = max(MIN_ITERS, progress.iter_num + updates_that_fit(run, seconds, eval_seconds))
-        print(f"budget:  minutes={cfg.minutes:g} is max_iters={max_iters}, which repeats this run")
+        budget = format_seconds(60 * cfg.minutes)
+        print(
+            f"budget:  {budget} are {max_iters} updates; --max_iters={max_iters} repeats this run"
+        )
         cfg = replace(cfg, minutes=0.0, max_iters=max_iters)
     run.cfg = cfg = replace(
         cfg,
@@ -38,12 +44,13 @@ def plan(run: Run, update: Update) -> None:
     )
     how = "estimated"
     if cfg.plan and REAL_UPDATES * seconds < REAL_SECONDS:
-        seconds, how = time_real_updates(run, update), f"median of {REAL_UPDATES} real ones"
+        seconds, how = time_real_updates(run, update), f"median of {REAL_UPDATES} updates"
     size = f"{cfg.batch_size} x {cfg.block_size} tokens"
     if cfg.plan:
         print_measured(run, seconds, how)
     if cfg.max_iters == 0:
-        print(f"plan:    updates of {size}, {seconds:.2g} s each, until a condition is met")
+        each = format_seconds(seconds) if seconds > 10 else f"{seconds:.2g} s"
+        print(f"plan:    updates of {size}, {each} each, until a condition is met")
         return
     left = max(0, cfg.max_iters - progress.iter_num)
     tokens = left * cfg.batch_size * cfg.block_size
@@ -61,8 +68,8 @@ def report_overrun(run: Run) -> None:
     """Print it if the run took clearly longer than its --minutes."""
     run.read_clock()
     if run.budget and run.progress.wall_seconds > 1.1 * run.budget:
-        took, budget = run.progress.wall_seconds / 60, run.budget / 60
-        print(f"budget:  the run took {took:.2g} minutes instead of {budget:.2g}")
+        took, budget = format_seconds(run.progress.wall_seconds), format_seconds(run.budget)
+        print(f"budget:  the run took {took} instead of {budget}")
 
 
 # ---- timing -------------------------------------------------------------------------------------
@@ -114,17 +121,17 @@ def time_evaluation(run: Run) -> float:
     n_batches = sum(math.ceil(n / per_batch) for _, n in run.evaluated())
     run.loss(val, per_batch)
     seconds = _time(run, lambda: run.loss(val, per_batch))
-    return n_batches * seconds + 12 * run.model.n_params() / SAVE_SPEED
+    return n_batches * seconds + run.checkpoint_bytes() / SAVE_SPEED
 
 
 def updates_that_fit(run: Run, seconds: float, eval_seconds: float) -> int:
     """How many further updates of that many seconds fit in --minutes, with the evaluations."""
     run.read_clock()
     run.budget = 60 * run.cfg.minutes
-    left = run.budget - run.progress.wall_seconds
+    left = run.budget - distributed.maximum(run.progress.wall_seconds)  # the same on all ranks
     if run.cfg.eval_interval:
-        return int(left / (seconds + eval_seconds / run.cfg.eval_interval))
-    return int((left - EVALS * eval_seconds) / seconds)
+        return max(0, int(left / (seconds + eval_seconds / run.cfg.eval_interval)))
+    return max(0, int((left - EVALS * eval_seconds) / seconds))
 
 
 def _time(run: Run, trial: Callable[[], object]) -> float:
@@ -139,6 +146,7 @@ def _time(run: Run, trial: Callable[[], object]) -> float:
 
 def _seconds(run: Run, trial: Callable[[], object]) -> float:
     """The seconds of a trial, of the slowest rank: so all ranks make as many trials."""
+    run.check_stop()
     clock = Clock(run.cfg.device)
     clock.start()
     trial()
@@ -148,13 +156,14 @@ def _seconds(run: Run, trial: Callable[[], object]) -> float:
 
 def print_measured(run: Run, seconds: float, how: str) -> None:
     """Print the speed of an update, the memory that was used, and what the disk must hold."""
-    cfg, mib = run.cfg, 12 * run.model.n_params() / 2**20
+    cfg, mib = run.cfg, run.checkpoint_bytes() / 2**20
     tokens, flops = cfg.batch_size * cfg.block_size, run.model.flops_per_token()
     print(
         f"update:  {seconds:.3g} s ({how}), {tokens / seconds:,.0f} tokens/s, "
         f"{tokens * flops / seconds / 1e9:,.0f} GFLOP/s"
     )
     if peak := machine.peak_memory(cfg.device):
-        print(f"memory:  {peak / 2**20:,.0f} MiB measured at the peak, of the whole process")
+        of = "of tensors on the GPU" if cfg.device.startswith("cuda") else "of the process"
+        print(f"memory:  {peak / 2**20:,.0f} MiB at the peak until now, {of}")
     n, free = 3 + run.n_snapshots(), run_folder.free_space(Path(cfg.out_dir)) / 2**20
-    print(f"disk:    {n} checkpoints of {mib:,.1f} MiB are {n * mib:,.1f}; {free:,.0f} are free")
+    print(f"disk:    {n} checkpoints of {mib:,.1f} MiB take {n * mib:,.1f}; {free:,.0f} MiB free")

@@ -3,6 +3,7 @@
 matplotlib is imported where a picture is drawn, since that takes half a second.
 """
 
+import math
 import secrets
 import warnings
 from itertools import accumulate
@@ -55,8 +56,9 @@ def plot_losses(out_dir: Path, baselines: dict[str, float]) -> None:
     rates.ticklabel_format(axis="y", scilimits=(-2, 3))
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
-    if rows and int(rows[-1]["iter_num"]):
-        per_iter = int(rows[-1]["tokens"]) / int(rows[-1]["iter_num"])
+    ratios = {int(row["tokens"]) / int(row["iter_num"]) for row in rows if row["iter_num"] != "0"}
+    if len(ratios) == 1:  # a resume did not change the batch size
+        (per_iter,) = ratios
         tokens = losses.secondary_xaxis(
             "top", functions=(lambda x: x * per_iter, lambda x: x / per_iter)
         )
@@ -74,7 +76,7 @@ def plot_runs(out_dirs: list[Path], path: Path) -> None:
         iters, training = points(rows, "loss")
         axes.plot(iters, smooth(training), color=color, alpha=0.3)
         iters, val_losses = points(rows, "val_loss")
-        label = _printable(str(out_dir))
+        label = "./" * (str(out_dir)[0] == "_") + _printable(str(out_dir)).replace("$", r"\$")
         if val_losses:
             label += f": {min(val_losses):.3f}"
         axes.plot(iters, val_losses, color=color, marker="o", markersize=4, label=label)
@@ -84,8 +86,8 @@ def plot_runs(out_dirs: list[Path], path: Path) -> None:
 
 
 def points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
-    """The iterations and the values of a column of metrics.csv, where it is not empty."""
-    measured = [row for row in rows if row[column]]
+    """The iterations and the values of a column of metrics.csv, where it has a finite one."""
+    measured = [row for row in rows if row[column] and math.isfinite(float(row[column]))]
     return [int(row["iter_num"]) for row in measured], [float(row[column]) for row in measured]
 
 

@@ -12,7 +12,6 @@ Text of a run or of its data set goes through visible() or token_name(), and the
 import base64
 import json
 import math
-import os
 import re
 import secrets
 import shlex
@@ -30,10 +29,11 @@ from data import bins
 from data.bins import MALFORMED, Dataset
 from data.errors import UserError
 from data.tokenizer import Tokenizer
-from folio import chart, checkpoint, inspection, metrics, run_folder, samples
+from folio import chart, checkpoint, inspection, metrics, plot, run_folder, samples
 from folio.chart import N_COLORS, Curves, Points
 from folio.checkpoint import Checkpoint
 from folio.inspection import token_name, token_text, visible
+from folio.page import content_hash
 from folio.samples import Sample
 from model import GPT, LanguageModel
 
@@ -218,9 +218,7 @@ def _last(run: Source) -> dict:
 
 
 def points(rows: list[dict[str, str]], column: str) -> Points:
-    """A column of metrics.csv by update, without what is not finite."""
-    found = [(int(row["iter_num"]), float(row[column])) for row in rows if row[column]]
-    return [(x, y) for x, y in found if math.isfinite(y)]
+    return list(zip(*plot.points(rows, column), strict=True))
 
 
 def read_curves(run: Source, color: int) -> Curves:
@@ -232,9 +230,7 @@ def read_curves(run: Source, color: int) -> Curves:
 
 
 def read_baselines(run: Source) -> list[tuple[str, float]]:
-    data = need(run.dataset)
-    bigram = bins.bigram_loss(data.train.tokens, data.val.tokens, data.vocab_size)
-    return [("bigram", round(bigram, 2)), ("uniform", round(math.log(data.vocab_size), 2))]
+    return [(name, round(loss, 2)) for name, loss in bins.baselines(need(run.dataset)).items()]
 
 
 def loss_chart(curves: list[Curves | Exception], baselines: list[list | Exception]) -> str:
@@ -269,6 +265,8 @@ def surprise_part(run: Source, data: dict) -> str:
     idx, targets = inspection.first_window(model, dataset.val)
     log_probs = model(idx)[0][0].log_softmax(-1)  # (T, V)
     surprise = -log_probs.gather(1, targets[0, :, None])[:, 0]  # (T,)
+    if not surprise.isfinite().all():
+        raise UserError("the model's probabilities are not finite")
     top = log_probs.topk(min(N_LIKELIEST, log_probs.shape[-1]))
     data["surprise"] = [float(f"{s:.4g}") for s in surprise.tolist()]
     data["tokens"] = [token_name(tok, i) for i in targets[0].tolist()]
@@ -405,22 +403,21 @@ def write(folders: list[Path], output: Path) -> None:
             shown = attempt(part, run, data[-1])
             columns[name].append(missing(shown) if is_error(shown) else shown)
     contents = {name: side_by_side(names, parts) for name, parts in columns.items()}
+    template = Path(__file__).with_suffix(".html").read_text("utf-8")
+    losses = attempt(loss_chart, curves, baselines)
     contents |= {
+        "script": content_hash(template, "script"),
         "title": escape(", ".join(names)),
-        "loss": loss_chart(curves, baselines),
+        "loss": missing(losses) if is_error(losses) else losses,
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    template = Path(__file__).with_suffix(".html").read_text("utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: contents[match[1]], template)
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
     try:
-        temporary.write_bytes(page.encode())
-        os.replace(temporary, output)
+        checkpoint.write_file(output, [page.encode()], temporary)
     except OSError as error:
         error.filename = str(output)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def side_by_side(names: list[str], parts: list[str]) -> str:

@@ -179,9 +179,7 @@ class Run:
     @cached_property
     def baselines(self) -> dict[str, float]:
         """The validation losses of models that need no training, in nats per token."""
-        train, val, n_ids = self.dataset.train, self.dataset.val, self.dataset.vocab_size
-        bigram = bins.bigram_loss(train.tokens, val.tokens, n_ids)
-        return {"uniform": math.log(n_ids), "bigram": bigram}
+        return bins.baselines(self.dataset)
 
     def check_finite(self, problem: str = "") -> None:
         """Raise Diverged if an update was not finite, or for a `problem` found elsewhere."""
@@ -285,9 +283,14 @@ class Run:
     def check_disk(self) -> None:
         """Raise UserError on rank 0 if the run's checkpoints clearly do not fit on the disk."""
         if distributed.is_main():
-            n_params, resuming = self.model.n_params(), self.cfg.init_from == "resume"
+            n_bytes, resuming = self.checkpoint_bytes(), self.cfg.init_from == "resume"
             out_dir = Path(self.cfg.out_dir)
-            run_folder.check_disk(out_dir, n_params, self.n_snapshots(), resuming)
+            run_folder.check_disk(out_dir, n_bytes, self.n_snapshots(), resuming)
+
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint's tensors."""
+        tensors = (*self.model.parameters(), *self.optimizer_tensors().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def n_snapshots(self) -> int:
         """How many snapshots the run will have at its end."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data import bins
 from data.errors import UserError
-from folio import checkpoint, distributed, gpt2
+from folio import checkpoint, distributed, gpt2, samples
 from folio.checkpoint import TEMPORARY, Checkpoint, sync_folder, write_file
 
 LATEST, BEST, SNAPSHOTS = "ckpt.safetensors", "best.safetensors", "snapshots"
@@ -93,6 +93,8 @@ def write_record(out_dir: Path, record: dict, iter_num: int = 0) -> None:
         entry = {"until": iter_num, **differs, "options": changed}
         before = [*old.get("before", []), entry]
         record = {**record, "options": options}
+        if "max_iters" not in changed:  # the length is still that of the budget
+            record["minutes"] = old["minutes"]
     except (LookupError, TypeError, AttributeError):
         pass  # there is no older one
     record = {**record, "launch": distributed.launch_id()} | ({"before": before} if before else {})
@@ -109,8 +111,8 @@ def read_record(out_dir: Path) -> dict:
         return {}
 
 
-def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -> None:
-    """Raise UserError if a run's checkpoints clearly do not fit on the disk.
+def check_disk(out_dir: Path, n_bytes: int, n_snapshots: int, resuming: bool) -> None:
+    """Raise UserError if a run's checkpoints, of n_bytes each, clearly do not fit on the disk.
 
     These are the latest, the best, the one being written, and the snapshots.
     """
@@ -118,7 +120,7 @@ def check_disk(out_dir: Path, n_params: int, n_snapshots: int, resuming: bool) -
     if resuming:  # its checkpoints will be replaced; a file may have several names
         paths = [folder / LATEST, folder / BEST, *snapshots(folder)]
         reused = {p.stat().st_ino: p.stat().st_size for p in paths if p.exists()}
-    needed = (3 + n_snapshots) * 12 * n_params
+    needed = (3 + n_snapshots) * n_bytes
     free = free_space(folder) + sum(reused.values())
     if free < needed:
         fewer = ", or set keep_snapshots" if n_snapshots else ""
@@ -299,8 +301,9 @@ def rewind(out_dir: Path, path: Path, iter_num: int) -> None:
             _link(out_dir, latest, folder / LATEST)
         for p in beyond:
             os.replace(p, folder / p.name)
-        if (log := out_dir / "metrics.csv").exists():
-            write_file(folder / log.name, _read_blocks(log), out_dir / TEMPORARY)
+        for log in (out_dir / "metrics.csv", out_dir / samples.FILE):
+            if log.exists():
+                write_file(folder / log.name, _read_blocks(log), out_dir / TEMPORARY)
         print(f"moved the checkpoints after iteration {iter_num:,} to {folder}")
     if path != latest:
         _link(out_dir, path, latest)

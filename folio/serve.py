@@ -12,9 +12,7 @@ Pages of other sites must not use it. A browser sends the name in their address 
 which is not ours, and asks before it posts JSON for them, which is refused.
 """
 
-import base64
 import errno
-import hashlib
 import ipaddress
 import json
 import os
@@ -38,6 +36,7 @@ from data.errors import UserError
 from data.tokenizer import Tokenizer
 from folio.generation import Sampling, TextStream, encode_prompt, generate_texts, next_probs
 from folio.options import build_options
+from folio.page import content_hash
 from folio.process import explain
 from model import Bigram, LanguageModel
 
@@ -161,9 +160,7 @@ def read_page() -> tuple[bytes, str]:
     policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:"}
     policy |= dict.fromkeys(("base-uri", "form-action", "frame-ancestors"), "'none'")
     for tag in ("script", "style"):
-        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        policy[f"{tag}-src"] = f"'sha256-{digest}'"
+        policy[f"{tag}-src"] = content_hash(page, tag)
     return page.encode(), "; ".join(f"{name} {value}" for name, value in policy.items())
 
 
@@ -224,6 +221,8 @@ class Handler(BaseHTTPRequestHandler):
         server, start = self.server, time.monotonic()
         request = build_options(Request, {**vars(server.initial), **values}, "the request")
         ids = encode_prompt(server.tok, request.prompt, request.seed)
+        if self.is_gone():  # while it waited
+            return
         self.send_head(200, "application/x-ndjson")
         logits, last_line = None, 0.0
 

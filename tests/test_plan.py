@@ -1,14 +1,17 @@
 """Promise: --plan says what a run takes and leaves nothing; errors of memory say what to do."""
 
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import MODERN
 
 import train as script
+from data.errors import UserError
 from folio import checkpoint, machine, plan
 from folio.options import build_options
 from train import TrainConfig
@@ -30,10 +33,14 @@ def test_a_plan_adds_up_and_leaves_nothing(train_small, capsys, argv):
     assert f"{total[0]:,.0f} parameters" in out
     *parts, together = [numbers(line)[-1] for line in memory.splitlines()[1:]]
     assert sum(parts) == pytest.approx(together, abs=0.3)
-    assert parts[:3] == [pytest.approx(n * total[0] / 2**20, abs=0.1) for n in (4, 4, 8)]
+    assert parts[:2] == [pytest.approx(4 * total[0] / 2**20, abs=0.1)] * 2
+    (checkpoint_size,) = re.findall(r"checkpoints of ([\d.]+) MiB", out)
+    assert parts[0] + parts[2] == pytest.approx(float(checkpoint_size), abs=0.2)
+    if "--optimizer=muon" not in argv:
+        assert parts[2] == pytest.approx(2 * parts[0], abs=0.2)
     assert f"about {together:.0f} MiB" in out
     assert "plan:    20 updates of 8 x 16 tokens, 2,560 in all" in out
-    assert "(median of 3 real ones)" in out and "3 checkpoints of" in out
+    assert "(median of 3 updates)" in out and "3 checkpoints of" in out
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("data:"))
 
 
@@ -68,7 +75,7 @@ def test_what_a_run_that_does_not_fit_is_told_fits(data_dir, monkeypatch):
 
     def advice(free: int) -> str:
         monkeypatch.setattr(machine, "available_memory", lambda _: free)
-        with pytest.raises(script.startup.UserError) as error:
+        with pytest.raises(UserError) as error:
             machine.check_memory(model, cfg)
         return str(error.value).partition(": use ")[2]
 
@@ -104,3 +111,36 @@ def test_out_of_memory_in_a_run_says_which_option_needs_less(
     monkeypatch.setattr(script, "update", full)
     assert train_small(*argv) == 2
     assert advice in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_timing(train_small, monkeypatch, capsys):
+    """At once, though a timing of many updates goes on for long."""
+    calls, update = [], script.update
+
+    def interrupted(run):
+        calls.append(1)
+        signal.raise_signal(signal.SIGINT)
+        return update(run)
+
+    monkeypatch.setattr(script, "update", interrupted)
+    assert train_small("--plan") == 130
+    assert len(calls) == 1 and "stopped: SIGINT" in capsys.readouterr().out
+
+
+def test_a_plan_evaluates_nothing(train_small, capsys):
+    assert train_small("--plan", "--eval_only") == 2
+    assert "plan and eval_only exclude each other" in capsys.readouterr().err
+
+
+def test_all_ranks_fit_as_many_updates_into_the_minutes(monkeypatch):
+    """Their clocks differ; the number is that of the one that started first."""
+    clocks = [10.0, 10.4]
+    monkeypatch.setattr(plan.distributed, "maximum", lambda _: max(clocks))
+
+    def fitting(wall_seconds: float) -> int:
+        progress = SimpleNamespace(wall_seconds=wall_seconds)
+        cfg = SimpleNamespace(minutes=1.0, eval_interval=0)
+        run = SimpleNamespace(cfg=cfg, progress=progress, read_clock=lambda: None)
+        return plan.updates_that_fit(run, 0.005, 1.0)
+
+    assert fitting(clocks[0]) == fitting(clocks[1]) == int((60 - 10.4 - 5) / 0.005)

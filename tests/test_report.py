@@ -4,6 +4,7 @@ What is missing or damaged is named, and the rest is still shown.
 """
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -98,7 +99,10 @@ def opened(run: Path) -> tuple:
 def test_a_report_is_one_small_file_that_loads_nothing(run):
     page = page_of(run)
     assert len(page.encode()) < 2_000_000
-    assert "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'" in page
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
+    assert policy in page, "no other script may run"
     assert not re.search(r"https?://|<link|<img|\bsrc=|@import|url\(", page)
     assert all(heading in page for heading in HEADINGS) and "{{" not in page
     assert not list(run.glob(".*partial"))
@@ -222,6 +226,13 @@ def test_the_record_is_shown_as_it_is(run):
     _, options = shown.split("<details>")
     assert "<td>n_kv_head</td><td><code>1</code>" in options
     assert "<td>eval_tokens</td><td><code>1048576</code>" in options
+
+
+def test_absurd_numbers_leave_the_other_parts(run):
+    with open(run / "metrics.csv", "a") as file:
+        file.write(f"{10**400},{10**400},,1e308,,,,,,,1,1\n")
+    page = page_of(run)
+    assert "Not shown" in section(page, "The loss") and "Mean surprise" in page
 
 
 # ---- several runs, other models -----------------------------------------------------------------

@@ -116,6 +116,7 @@ def test_resumed_from_any_iteration(whole, tmp_path, monkeypatch, iter_num):
     assert ledger.rows == whole[2][iter_num * per_update :]
     beyond = tmp_path / f"run/beyond_{iter_num:06d}"
     assert len(list(beyond.glob("iter_*"))) == ITERS - iter_num, "what lay beyond is kept"
+    assert {"metrics.csv", "samples.txt"} <= {path.name for path in beyond.iterdir()}
     shutil.rmtree(beyond)
     assert same(state(tmp_path / "run"), whole[1])
 

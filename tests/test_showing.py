@@ -50,7 +50,7 @@ def test_samples_that_were_cut_off_or_edited_do_no_harm(tmp_path, extra):
 @pytest.fixture
 def patient(monkeypatch):
     """As if samples and pictures took no time."""
-    monkeypatch.setattr(metrics, "SHOWING", 100.0)
+    monkeypatch.setattr(metrics, "MAX_SHARE", 100.0)
 
 
 def test_every_evaluation_continues_the_same_prompt(train_small, resume_run, patient, text):
@@ -189,6 +189,32 @@ def test_seeds_that_minutes_gave_other_lengths_are_of_the_same_options(train_sma
     capsys.readouterr()
     assert runs.main([]) == 0
     assert "2 seeds of the options of out/1" in capsys.readouterr().out
+
+
+def test_a_seed_that_was_run_twice_counts_once(train_small, capsys):
+    for folder in ("out/a", "out/b"):
+        assert train_small("--max_iters=5", f"--out_dir={folder}") == 0
+    capsys.readouterr()
+    assert runs.main([]) == 0
+    assert "seeds" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, minutes", [((), 1.5), (("--max_iters=7",), 0.0)])
+def test_a_resume_keeps_the_minutes_unless_it_changes_the_length(
+    train_small, resume_run, given, minutes
+):
+    assert train_small("--max_iters=5") == 0
+    record = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps({**record, "minutes": 1.5}))
+    assert resume_run(*given) == 0
+    assert json.loads(Path("run/run.json").read_text())["minutes"] == minutes
+
+
+def test_names_of_runs_are_labels_as_they_are(train_small):
+    for folder in ("_a", "b$\\frac$"):
+        assert train_small("--max_iters=5", f"--out_dir={folder}") == 0
+    assert runs.main(["plot", "_a", "b$\\frac$", "--output=ab.svg"]) == 0
+    assert Path("ab.svg").stat().st_size > 10_000
 
 
 def test_a_damaged_record_leaves_the_list_as_it_is(train_small):

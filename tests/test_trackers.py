@@ -29,7 +29,7 @@ def same(curve: list, other: list) -> bool:
 
 
 def test_tensorboard_curves_go_on_after_a_resume(train_small, resume_run, monkeypatch):
-    monkeypatch.setattr(metrics, "SHOWING", 100.0)  # as if continuations took no time
+    monkeypatch.setattr(metrics, "MAX_SHARE", 100.0)  # as if continuations took no time
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert train_small("--tensorboard", "--sample_interval=10", "--num_samples=2") == 0
