@@ -153,13 +153,13 @@ class Run:
             yield prompt + text
 
     def continuation(self) -> Sample:
-        """What the current model writes after sample_prompt, or after the beginning of the
+        """What the current model writes after sample_prompt, or after the first words of the
         validation text."""
-        ids = self.dataset.val.tokens[:PROMPT_TOKENS].astype(np.int64)
-        if self.cfg.sample_prompt:
-            ids = encode_prompt(self.tok, unescape(self.cfg.sample_prompt), self.cfg.seed)
+        opening = self.tok.decode(self.dataset.val.tokens[:PROMPT_TOKENS].tolist())
+        opening = opening.rpartition(" ")[0] or opening.rstrip("\ufffd")
+        prompt = unescape(self.cfg.sample_prompt) or opening
+        ids = encode_prompt(self.tok, prompt, self.cfg.seed)
         (text,) = self._generate(ids, 1, CONTINUATION_TOKENS, lambda _: None)
-        prompt = self.tok.decode(ids.tolist())
         return Sample(self.progress.iter_num, self.progress.val_loss, prompt, text)
 
     def _generate(
