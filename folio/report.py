@@ -100,7 +100,7 @@ def read(folder: Path, n_runs: int = 1) -> Source:
         *found,
         options=options,
         dataset=attempt(read_dataset, options, ckpt),
-        model=attempt(lambda: checkpoint.build_model(need(ckpt)).float()),
+        model=attempt(build_model, ckpt),
         tok=attempt(lambda: checkpoint.load_tokenizer(need(ckpt))),
     )
 
@@ -122,6 +122,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 return ckpt
             problem = ckpt
     raise problem
+
+
+def build_model(ckpt: Checkpoint | Exception) -> LanguageModel:
+    """The model of a checkpoint; raises UserError if a weight is not finite."""
+    model = checkpoint.build_model(need(ckpt)).float()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{ckpt.path} has weights that are not finite")
+    return model
 
 
 def read_options(record: dict | Exception, ckpt: Checkpoint | Exception) -> dict:
@@ -265,8 +273,6 @@ def surprise_part(run: Source, data: dict) -> str:
     idx, targets = inspection.first_window(model, dataset.val)
     log_probs = model(idx)[0][0].log_softmax(-1)  # (T, V)
     surprise = -log_probs.gather(1, targets[0, :, None])[:, 0]  # (T,)
-    if not surprise.isfinite().all():
-        raise UserError("the model's probabilities are not finite")
     top = log_probs.topk(min(N_LIKELIEST, log_probs.shape[-1]))
     data["surprise"] = [float(f"{s:.4g}") for s in surprise.tolist()]
     data["tokens"] = [token_name(tok, i) for i in targets[0].tolist()]

@@ -228,6 +228,15 @@ def test_the_record_is_shown_as_it_is(run):
     assert "<td>eval_tokens</td><td><code>1048576</code>" in options
 
 
+def test_a_model_that_is_not_finite_is_named(run):
+    ckpt = checkpoint.load(run / "best.safetensors")
+    ckpt.tensors["model.wte.weight"][:] = torch.nan
+    checkpoint.save(run / "best.safetensors", ckpt.tensors, ckpt.meta)
+    page = page_of(run)
+    for heading in ("What surprises it", "What its attention heads look at", "What it confuses"):
+        assert "best.safetensors has weights that are not finite" in section(page, heading)
+
+
 def test_absurd_numbers_leave_the_other_parts(run):
     with open(run / "metrics.csv", "a") as file:
         file.write(f"{10**400},{10**400},,1e308,,,,,,,1,1\n")
