@@ -1,7 +1,6 @@
 """What the benchmarks of whole runs share: train.py in a process of its own, and its losses."""
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -48,13 +47,12 @@ def prepare(folder: Path, text: Path) -> None:
 
 def train(folder: Path, *words: str) -> Result:
     """Call train.py in `folder`; the run is in out/bench there."""
-    output, wall = run(folder, str(ROOT / "train.py"), *words, "--out_dir=out/bench")
-    loss, training = re.findall(r"val loss ([\d.]+).*; ([\d.]+) s training", output)[-1]
+    _, wall = run(folder, str(ROOT / "train.py"), *words, "--out_dir=out/bench")
     rows = metrics.read_metrics(folder / "out/bench/metrics.csv")
+    loss, training = float(rows[-1]["val_loss"]), float(rows[-1]["train_seconds"])
     speeds = [float(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]]
     options = json.loads((folder / "out/bench/run.json").read_text("utf-8"))["options"]
-    speed = statistics.median(speeds)
-    return Result(wall, float(training), speed, float(loss), *halves(folder), options)
+    return Result(wall, training, statistics.median(speeds), loss, *halves(folder), options)
 
 
 @torch.inference_mode()
