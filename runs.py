@@ -21,7 +21,7 @@ from typing import Literal
 
 from data import bins
 from data.errors import UserError
-from folio import checkpoint, plot, report, run_folder
+from folio import checkpoint, metrics, plot, report, run_folder
 from folio.checkpoint import Checkpoint
 from folio.options import PathStr, PathStrs, build_options, read_options
 
@@ -58,11 +58,14 @@ def list_runs(parents: list[Path]) -> int:
     found = [path for parent in parents for path in parent.glob(f"*/{run_folder.LATEST}")]
     if not found:
         raise UserError(f"no runs in {', '.join(map(str, parents))}")
-    print(f"{'run':<24}{'model':>10}{'updates':>9}{'best loss':>10}{'minutes':>8}  saved")
+    width = max(24, *(len(str(path.parent)) for path in found))
+    print(f"{'run':<{width}}{'model':>10}{'updates':>9}{'best loss':>10}{'minutes':>8}  saved")
     groups = {}  # options and data -> the first run, {seed: best loss}
     for path in sorted(found, key=lambda path: path.stat().st_mtime):
         saved, meta = time.localtime(path.stat().st_mtime), checkpoint.read_header(path)
-        print(f"{str(path.parent):<24}{describe(meta)}  {time.strftime('%Y-%m-%d %H:%M', saved)}")
+        print(
+            f"{str(path.parent):<{width}}{describe(meta)}  {time.strftime('%Y-%m-%d %H:%M', saved)}"
+        )
         with suppress(LookupError, TypeError, AttributeError):
             loss = float(meta["progress"]["best_val_loss"])
             of_seeds = groups.setdefault(what_was_done(path.parent, meta), (path.parent, {}))[1]
@@ -100,6 +103,10 @@ def plot_runs(paths: list[Path], output: Path) -> int:
     for path in paths:
         if not (path / "metrics.csv").is_file():
             raise UserError(f"{path} is not a run's folder: it has no metrics.csv")
+        if not metrics.read_metrics(path / "metrics.csv"):
+            raise UserError(f"{path / 'metrics.csv'} has no rows that can be read")
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no folder {output.parent}")
     plot.plot_runs(paths, output)
     print(f"saved:   {output}")
     return 0

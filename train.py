@@ -61,7 +61,7 @@ class TrainConfig(GPTConfig):
 
     # when it ends: the first condition that is met
     max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: no limit
-    minutes: Annotated[float, "[0, inf)"] = 0.0  # a budget of wall time, converted to updates
+    minutes: Annotated[float, "[0, 1e6]"] = 0.0  # a budget of wall time, converted to updates
     target_train_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated training loss; 0: none
     target_val_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated validation loss; 0: none
     patience: Annotated[int, "[0, inf)"] = 0  # evaluations without improvement; 0: no limit
@@ -255,11 +255,14 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
 
 
 def show_progress(run: Run, log: metrics.Log) -> None:
-    """Continue the prompt for samples.txt, and draw loss.png, if they took little time so far."""
-    if log.sampling.allows() and not run.cfg.fsdp:
+    """Continue the prompt for samples.txt, and draw loss.png, if they took little time so far.
+
+    The last evaluation always has a sample; the picture at the end is drawn by run_to_end().
+    """
+    if (log.sampling.allows() or end_reason(run)) and not run.cfg.fsdp:
         with log.sampling.spend():
             log.add_continuation(run.continuation())
-    if log.drawing.allows() and not end_reason(run):  # at the end it is drawn in any case
+    if log.drawing.allows() and not end_reason(run):
         with log.drawing.spend():
             plot_losses(Path(run.cfg.out_dir), run.baselines)
 
@@ -303,7 +306,7 @@ def add_samples(run: Run, log: metrics.Log) -> None:
 def main(argv: list[str]) -> int:
     with distributed.process_group():
         given, quick_start = distributed.from_main(lambda: startup.read_given(TrainConfig, argv))
-        if given.get("init_from") != "resume" or given.get("eval_only"):
+        if given.get("init_from") != "resume" or given.get("eval_only") or given.get("plan"):
             return start(argv, given, quick_start)
         names = given.get("out_dir", ""), given.get("checkpoint", "")
         folder = distributed.from_main(lambda: startup.find_resumed(*names))
@@ -356,7 +359,7 @@ def launch(argv: list[str], run: Run, resumed_from: Path | None) -> int:
     """Plan the run, create or reopen its folder, and train; return the exit code."""
     cfg, out_dir = run.cfg, Path(run.cfg.out_dir)
     with distributed.together():
-        if distributed.is_main() and not resumed_from:
+        if distributed.is_main() and not resumed_from and not cfg.plan:
             run_folder.check_new_folder(out_dir)
     with run.stop:
         try:
@@ -414,7 +417,8 @@ def run_to_end(run: Run) -> int:
     others = "metrics.csv, loss.png" if cfg.fsdp else "metrics.csv, samples.txt, loss.png"
     print(f"saved:   {out_dir}/{{best,ckpt}}.safetensors, {others}")
     where = "" if out_dir.parent == Path("out") else f"--checkpoint {quote(str(out_dir))} "
-    print(f'next:    python sample.py {where}--prompt "{run.first_word()}"')
+    prompt = f'--prompt "{word}"' if (word := run.first_word()) else ""
+    print(f"next:    python sample.py {where}{prompt}")
     return 0
 
 

@@ -199,7 +199,7 @@ def print_size(model: LanguageModel, cfg: Any) -> None:
         rows[name] = " x ".join(map(str, p.shape)), p.numel(), count + 1
     print(f"{'parameter':<24}{'shape':>16}{'elements':>14}{'times':>7}{'in all':>17}")
     for name, (shape, elements, count) in rows.items():
-        print(f"{name:<24}{shape:>16}{elements:>14,}{count:>7}{elements * count:>17,}")
+        print(f"{name:<24}{shape:>16} {elements:>13,}{count:>7} {elements * count:>16,}")
     print(f"{'':<61}{model.n_params():>17,}\n")
     parts = memory_parts(model, cfg)
     size = f"micro-batches of {cfg.micro_batch_size} x {cfg.block_size} tokens"

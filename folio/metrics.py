@@ -304,9 +304,9 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def _is_number(text: str) -> bool:
+    """Whether a cell can have been measured."""
     try:
-        float(text)
-        return True
+        return abs(float(text)) < 1e18
     except ValueError:
         return False
 

@@ -17,6 +17,7 @@ EVALS = 5  # evaluations of a run with eval_interval=0
 MIN_ITERS = 100  # the smallest number of updates that --minutes chooses
 TRIALS, TRIAL_SECONDS = 10, 0.5  # a timing stops after so many trials or seconds
 BUDGET_SHARE, BUDGET_SECONDS = 0.02, 3.0  # with --minutes: after 2% of them, or 3 s
+SLOW = 5.0  # seconds of a first trial after which there is no other one, unless it compiled
 SAVE_SPEED = 2**29  # bytes a second that are written to a disk
 REAL_UPDATES, REAL_SECONDS = 3, 60.0  # --plan makes so many updates, if they take less than this
 
@@ -29,7 +30,9 @@ def plan(run: Run, update: Update) -> None:
     `update` is train.py's, which this module cannot import. Raises Stopped after a signal.
     """
     cfg, progress = run.cfg, run.progress
-    seconds, eval_seconds = time_update(run, update), time_evaluation(run)
+    seconds, eval_seconds, how = time_update(run, update), time_evaluation(run), "estimated"
+    if cfg.plan and REAL_UPDATES * seconds < REAL_SECONDS:
+        seconds, how = time_real_updates(run, update), f"median of {REAL_UPDATES} updates"
     if cfg.minutes:
         max_iters = max(MIN_ITERS, progress.iter_num + updates_that_fit(run, seconds, eval_seconds))
         budget = format_seconds(60 * cfg.minutes)
@@ -42,9 +45,6 @@ def plan(run: Run, update: Update) -> None:
         eval_interval=cfg.eval_interval or math.ceil(cfg.max_iters / EVALS) or 250,
         log_interval=cfg.log_interval or math.ceil(cfg.max_iters / 100) or 10,
     )
-    how = "estimated"
-    if cfg.plan and REAL_UPDATES * seconds < REAL_SECONDS:
-        seconds, how = time_real_updates(run, update), f"median of {REAL_UPDATES} updates"
     size = f"{cfg.batch_size} x {cfg.block_size} tokens"
     if cfg.plan:
         print_measured(run, seconds, how)
@@ -91,7 +91,7 @@ def time_update(run: Run, update: Update) -> float:
 
     run.guard.skip_all(True)
     try:
-        trial(1)
+        first = _seconds(run, lambda: trial(1))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -99,7 +99,10 @@ def time_update(run: Run, update: Update) -> float:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"an update failed ({reason}); try --compile=False") from None
-    one, two = (_time(run, lambda n=n: trial(n)) if n <= n_micro else 0.0 for n in (1, 2))
+    if first > SLOW and not cfg.compile:
+        one, two = first, 2 * first
+    else:
+        one, two = (_time(run, lambda n=n: trial(n)) if n <= n_micro else 0.0 for n in (1, 2))
     run.guard.skip_all(False)
     run.scaler.load_state_dict(scaler_state)
     return one + (n_micro - 1) * max(0.0, two - one)
@@ -119,8 +122,9 @@ def time_evaluation(run: Run) -> float:
     val = run.dataset.val
     per_batch = distributed.world_size() * run.cfg.micro_batch_size * run.cfg.block_size
     n_batches = sum(math.ceil(n / per_batch) for _, n in run.evaluated())
-    run.loss(val, per_batch)
-    seconds = _time(run, lambda: run.loss(val, per_batch))
+    seconds = _seconds(run, lambda: run.loss(val, per_batch))
+    if seconds < SLOW or run.cfg.compile:
+        seconds = _time(run, lambda: run.loss(val, per_batch))
     return n_batches * seconds + run.checkpoint_bytes() / SAVE_SPEED
 
 

@@ -34,6 +34,7 @@ from folio.chart import N_COLORS, Curves, Points
 from folio.checkpoint import Checkpoint
 from folio.inspection import token_name, token_text, visible
 from folio.page import content_hash
+from folio.process import USER_ERRNOS
 from folio.samples import Sample
 from model import GPT, LanguageModel
 
@@ -143,7 +144,10 @@ def read_options(record: dict | Exception, ckpt: Checkpoint | Exception) -> dict
 def read_dataset(options: dict | Exception, ckpt: Checkpoint | Exception) -> Dataset:
     """The data set of a run; raises UserError if it is not the one that was trained on."""
     options = need(options)
-    dataset = bins.load(bins.find(Path(options["data_dir"]), options["dataset"]))
+    try:
+        dataset = bins.load(bins.find(Path(options["data_dir"]), options["dataset"]))
+    except UserError as error:  # without advice, which would rebuild it otherwise
+        raise UserError(str(error).partition(";")[0]) from None
     if isinstance(ckpt, Checkpoint) and dataset.fingerprint != ckpt.meta["dataset"]:
         raise UserError(f"{dataset.folder} is not the data set that {ckpt.path} was trained on")
     return dataset
@@ -156,10 +160,10 @@ def code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
 
 
-def missing(error: Exception) -> str:
+def missing(error: Exception, what: str = "") -> str:
     """The line in place of a part that cannot be shown."""
     kind = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
-    return f'<p class="missing">Not shown: {escape(visible(f"{kind}{error}"))}</p>'
+    return f'<p class="missing">Not shown: {escape(visible(f"{what}{kind}{error}"))}</p>'
 
 
 def table(rows: list[list[str]], head: list[str] = ()) -> str:
@@ -245,7 +249,10 @@ def loss_chart(curves: list[Curves | Exception], baselines: list[list | Exceptio
     """The chart of all runs, and what is missing from it."""
     drawn = [run for run in curves if not is_error(run)]
     lines = sorted({line for run in baselines if not is_error(run) for line in run})
-    missed = [missing(part) for part in (*curves, *baselines) if is_error(part)]
+    missed = [missing(part) for part in curves if is_error(part)]
+    missed += [missing(part, "dashed lines: ") for part in baselines if is_error(part)]
+    if len(lines) > 2:
+        missed.append("<p>These runs have other data or tokens, so compare bits per byte.</p>")
     return (chart.draw(drawn, lines) if drawn else "") + "".join(missed)
 
 
@@ -371,7 +378,8 @@ def made_part(run: Source, _: dict) -> str:
 def cell(value: object) -> str:
     """A value of run.json as HTML: a table, a command, a list, or text."""
     if isinstance(value, dict):
-        return table([[escape(visible(name)), cell(item)] for name, item in value.items()])
+        shown = {name: item for name, item in value.items() if item not in ("", [], {})}
+        return table([[escape(visible(name)), cell(item)] for name, item in shown.items()])
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         words = (f"<span>{escape(visible(shlex.quote(item)))}</span>" for item in value)
         return f"<code>{' '.join(words)}</code>"
@@ -396,6 +404,8 @@ def write(folders: list[Path], output: Path) -> None:
 
     Raises UserError if a folder has nothing of a run.
     """
+    if output.suffix != ".html":
+        raise UserError(f"--output={output}: a report is HTML; use a name that ends with .html")
     names = [visible(str(folder)) for folder in folders]
     columns = {name: [] for name in ("heading", *PARTS)}
     curves, baselines, data = [], [], []
@@ -410,11 +420,10 @@ def write(folders: list[Path], output: Path) -> None:
             columns[name].append(missing(shown) if is_error(shown) else shown)
     contents = {name: side_by_side(names, parts) for name, parts in columns.items()}
     template = Path(__file__).with_suffix(".html").read_text("utf-8")
-    losses = attempt(loss_chart, curves, baselines)
     contents |= {
         "script": content_hash(template, "script"),
         "title": escape(", ".join(names)),
-        "loss": missing(losses) if is_error(losses) else losses,
+        "loss": loss_chart(curves, baselines),
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: contents[match[1]], template)
@@ -423,7 +432,9 @@ def write(folders: list[Path], output: Path) -> None:
         checkpoint.write_file(output, [page.encode()], temporary)
     except OSError as error:
         error.filename = str(output)
-        raise
+        if error.errno not in USER_ERRNOS:
+            raise
+        raise UserError(f"--output={output}: {error.strerror.lower()}; use another name") from None
 
 
 def side_by_side(names: list[str], parts: list[str]) -> str:

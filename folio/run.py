@@ -301,7 +301,9 @@ class Run:
     def write_record(self, command: list[str]) -> None:
         """Write run.json, on rank 0."""
         if distributed.is_main():
-            record = {"run_id": self.run_id, "command": command} | machine.about(self.cfg.device)
+            record = {"run_id": self.run_id, "command": ["train.py", *command]} | machine.about(
+                self.cfg.device
+            )
             record |= {"minutes": self.budget / 60, "options": asdict(self.cfg)}
             run_folder.write_record(Path(self.cfg.out_dir), record, self.progress.iter_num)
 

@@ -93,6 +93,9 @@ def serve(
         print(f"open {server.url} in a browser; Ctrl-C ends", file=sys.stderr, flush=True)
         try:
             server.work()
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
         finally:
             server.shutdown()
 

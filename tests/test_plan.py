@@ -113,6 +113,33 @@ def test_out_of_memory_in_a_run_says_which_option_needs_less(
     assert advice in capsys.readouterr().err
 
 
+def test_a_plan_on_a_slow_machine_is_of_one_micro_batch(train_small, monkeypatch, capsys):
+    """Where one takes long, there is no other: the update has four of it."""
+    seconds, calls, update = [9.0, 7.0], [], script.update
+    monkeypatch.setattr(plan, "_seconds", lambda _, trial: (trial(), seconds.pop(0))[1])
+    monkeypatch.setattr(
+        script, "update", lambda run: calls.append(run.cfg.batch_size) or update(run)
+    )
+    monkeypatch.setattr(script.Run, "loss", lambda *_: 1.0)
+    assert (
+        train_small("--plan", "--micro_batch_size=2", "--max_iters=30", "--eval_interval=30") == 0
+    )
+    assert "36 s (estimated)" in capsys.readouterr().out
+    assert calls == [2] and not seconds
+
+
+def test_a_plan_leaves_the_run_of_its_folder_alone(train_small, capsys):
+    """Though it is being trained, or cannot be written to."""
+    assert train_small() == 0
+    Path("run/.lock").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (Path("run"), *Path("run").iterdir())}
+    assert train_small("--plan") == 0
+    assert script.main(["--plan", "--init_from=resume", "--out_dir=run", "--max_iters=30"]) == 0
+    assert "plan:    10 updates" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in (Path("run"), *Path("run").iterdir())}
+    assert after == before
+
+
 def test_ctrl_c_ends_the_timing(train_small, monkeypatch, capsys):
     """At once, though a timing of many updates goes on for long."""
     calls, update = [], script.update

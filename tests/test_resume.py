@@ -299,7 +299,7 @@ def test_run_json_has_what_a_resume_changed(train_small, resume_run):
     assert resume_run("--max_iters=5") == 0
     record = json.loads(Path("run/run.json").read_text("utf-8"))
     assert record["options"]["max_iters"] == 5 and record["options"]["learning_rate"] == 1e-4
-    assert record["command"] == ["--init_from=resume", "--out_dir=run", "--max_iters=5"]
+    assert record["command"] == ["train.py", "--init_from=resume", "--out_dir=run", "--max_iters=5"]
     assert record["software"]["torch"] == torch.__version__ and record["machine"]["threads"]
     first, second = record["before"]
     assert first["until"] == 3 and second["until"] == 4

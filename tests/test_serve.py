@@ -208,7 +208,7 @@ def test_any_model_is_served_until_a_signal(runs, monkeypatch, capsys, names, nu
         server.send_signal(getattr(signal, number))
         assert server.wait(timeout=10) == code
         rest = server.stderr.read()
-        assert rest == ("error: interrupted\n" if code == 130 else ""), rest
+        assert rest == ("stopped\n" if code == 130 else ""), rest
         idle.close()
 
 

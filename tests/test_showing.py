@@ -71,6 +71,12 @@ def test_a_prompt_of_ones_own_is_continued(train_small, patient):
     assert [sample.prompt for sample in samples.read(Path("run"))] == ["The\n"] * 2
 
 
+def test_the_last_evaluation_always_has_a_sample(train_small, monkeypatch):
+    monkeypatch.setattr(metrics.Share, "allows", lambda _: False)
+    assert train_small() == 0
+    assert [sample.iter_num for sample in samples.read(Path("run"))] == [20]
+
+
 def test_showing_takes_a_fiftieth_of_the_time(monkeypatch):
     now = 0.0
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
@@ -208,6 +214,26 @@ def test_a_resume_keeps_the_minutes_unless_it_changes_the_length(
     Path("run/run.json").write_text(json.dumps({**record, "minutes": 1.5}))
     assert resume_run(*given) == 0
     assert json.loads(Path("run/run.json").read_text())["minutes"] == minutes
+
+
+@pytest.mark.parametrize(
+    "argv, problem",
+    [
+        ("plot out", "out is not a run's folder"),
+        ("plot bad", "has no rows that can be read"),
+        ("plot run --output=no/x.png", "there is no folder no"),
+        ("report run --output=x.pdf", "use a name that ends with .html"),
+        ("report run --output=no/x.html", "no such file or directory; use another name"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(train_small, capsys, argv, problem):
+    assert train_small("--max_iters=5") == 0
+    Path("bad").mkdir()
+    Path("bad/metrics.csv").write_bytes(bytes(range(256)))
+    capsys.readouterr()
+    assert runs.main(argv.split()) == 2
+    err = capsys.readouterr().err
+    assert problem in err and err.count("\n") == 1 and "Errno" not in err
 
 
 def test_names_of_runs_are_labels_as_they_are(train_small):
