@@ -27,7 +27,7 @@ def visible(text: str, kept: str = KEPT) -> str:
 
 
 def token_text(tok: Tokenizer, i: int) -> str:
-    """The text of a token; escapes for bytes that are a part of a character."""
+    """The text of a token, with escapes for the bytes of an incomplete character."""
     known = i < tok.vocab_size
     return tok.decode_bytes([i]).decode(errors="backslashreplace") if known else ""
 

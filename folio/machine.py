@@ -241,7 +241,7 @@ def check_memory(model: LanguageModel, cfg: Any) -> None:
 
 
 def less_memory(cfg: Any) -> Iterator[Any]:
-    """TrainConfigs that train the same with less and less memory."""
+    """Variants of the options that give the same training in less and less memory."""
     share, size = cfg.batch_size // distributed.world_size(), cfg.micro_batch_size
     for n in range(size // 2, 0, -1):
         if share % n == 0:

@@ -15,6 +15,7 @@ from folio.run import Progress, Run
 
 EVALS = 5  # evaluations of a run with eval_interval=0
 MIN_ITERS = 100  # the smallest number of updates that --minutes chooses
+OVERRUN = 1.1  # a run that takes more than this share of its --minutes says so
 TRIALS, TRIAL_SECONDS = 10, 0.5  # a timing stops after so many trials or seconds
 BUDGET_SHARE, BUDGET_SECONDS = 0.02, 3.0  # with --minutes: after 2% of them, or 3 s
 SLOW = 5.0  # seconds of a first trial after which there is no other one, unless it compiled
@@ -67,7 +68,7 @@ def plan(run: Run, update: Update) -> None:
 def report_overrun(run: Run) -> None:
     """Print it if the run took clearly longer than its --minutes."""
     run.read_clock()
-    if run.budget and run.progress.wall_seconds > 1.1 * run.budget:
+    if run.budget and run.progress.wall_seconds > OVERRUN * run.budget:
         took, budget = format_seconds(run.progress.wall_seconds), format_seconds(run.budget)
         print(f"budget:  the run took {took} instead of {budget}")
 

@@ -135,7 +135,7 @@ class Server(ThreadingHTTPServer):
                 continue
             try:
                 future.set_result(function(*args))
-            except Exception as error:
+            except Exception as error:  # raised again in the thread of the request
                 future.set_exception(error)
 
     def is_own(self, host: str) -> bool:
