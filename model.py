@@ -74,13 +74,12 @@ class GPTConfig:
 class Cache(Protocol):
     """What generation keeps of earlier tokens: KVCache in folio/generation.py.
 
-    update() stores new keys and values and returns those to attend to; prepend() puts before x the
-    last n tokens' x of the same module.
+    positions() are those of T new tokens; update() stores their keys and values and returns those
+    to attend to, and a mask or None; prepend() puts before x the last n tokens' x of the module.
     """
 
-    length: int  # tokens so far
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def positions(self, T: int, device: torch.device) -> Tensor: ...
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
     def prepend(self, module: nn.Module, x: Tensor, n: int) -> Tensor: ...
 
 
@@ -97,10 +96,10 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, rope: Rope | None = None, cache: Cache | None = None) -> Tensor:
-        q, k, v = self.queries_keys_values(x, rope, cache)
+        (q, k, v), mask = self.queries_keys_values(x, rope, cache), None
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = attention(q, k, v)  # (B, n_head, T, head_dim)
+            k, v, mask = cache.update(self.layer, k, v)
+        y = attention(q, k, v, mask)  # (B, n_head, T, head_dim)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
     def queries_keys_values(
@@ -131,12 +130,12 @@ class CausalSelfAttention(nn.Module):
         return torch.stack((kept, moved), dim=-2).flatten(-3)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention of q (B, n_head, T, D) to k and v (B, n_kv_head, S, D); returns q's shape.
 
-    Either T == S, or T == 1 and the query is that of the last of the S tokens. n_head / n_kv_head
-    query heads share a key/value head (Ainslie et al. 2023, "GQA"). The attention weights have no
-    dropout, which SDPA's fused CPU kernel does not support.
+    Either T == S, or T == 1 and the query is that of the last of the S tokens; then a mask (1, S)
+    may be added to the scores. n_head / n_kv_head query heads share a key/value head (Ainslie et
+    al. 2023, "GQA"). The attention weights have no dropout, which SDPA's CPU kernel does not have.
     """
     B, n_head, T, D = q.shape
     n_shared = n_head // k.shape[1]
@@ -146,7 +145,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v)
     if n_shared > 1:  # stack the query heads that share a key/value head as if they were tokens
         q = q.reshape(B, -1, n_shared, D)
-    return F.scaled_dot_product_attention(q.to(k.dtype), k, v).to(q.dtype).reshape(B, n_head, 1, D)
+    y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask)
+    return y.to(q.dtype).reshape(B, n_head, 1, D)
 
 
 def previous(module: nn.Module, x: Tensor, n: int, cache: Cache | None) -> Tensor:
@@ -341,19 +341,17 @@ class GPT(LanguageModel):
         teacher_probs (B, T, V) if these are given. With a cache, idx follows the tokens in it, and
         only the logits of the last token are returned: (B, 1, V).
         """
-        start = 0 if cache is None else cache.length
-        end = start + idx.shape[1]
+        T, device = idx.shape[1], idx.device
+        positions = torch.arange(T, device=device) if cache is None else cache.positions(T, device)
         x, rope = self.wte(idx), None  # (B, T, C)
         if self.config.rotary:
-            positions = torch.arange(start, end, device=idx.device)
             rope = rope_cos_sin(positions, self.config.n_embd // self.config.n_head)
         else:
-            x = x + self.wpe.weight[start:end]
+            x = x + self.wpe(positions)
         x = self.drop(x)
         for block in self.h:
             x = block(x, rope, cache)
         if cache is not None:
-            cache.length = end
             x = x[:, -1:]
         x = self.ln_f(x)
         if targets is None:

@@ -46,15 +46,12 @@ class Ensemble(LanguageModel):
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """As GPT.forward(). The logits are log-probabilities in float32."""
-        start, log_probs = 0 if cache is None else cache.length, []
+        log_probs = []
         for model in self.models:
             logits, _ = model(idx, cache=cache)
             if cache is not None:
                 logits = logits[:, -1:]  # a bigram model returns all
-                cache.length = start  # which a GPT has advanced
             log_probs.append(logits[..., : self.config.vocab_size].float().log_softmax(-1))
-        if cache is not None:
-            cache.length = start + idx.shape[1]
         logits = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))  # (B, T, V)
         if targets is None:
             return logits, None

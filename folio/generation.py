@@ -7,6 +7,7 @@ generate() does what model.generate() does, but computes each token once.
 """
 
 import codecs
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,11 +21,12 @@ from torch import Tensor
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from folio.ensemble import Ensemble
-from folio.fast import pack
+from folio.fast import CudaGraph, pack
 from folio.machine import available_memory, fast_dtype
 from model import GPT, Bigram, GPTConfig, LanguageModel
 
 BFLOAT16_WIDTH = 256  # smallest n_embd for which bfloat16 is faster on a CPU with small batches
+GRAPH_DEVICES = ("cuda",)  # which replay a CUDA graph for each token
 CHUNK_TOKENS = 32  # tokens that are generated per sample before they are decoded
 
 
@@ -43,36 +45,70 @@ class KVCache:
     """Keys and values of the last `size` tokens of B texts, and what modules need of the last ones.
 
     It is a ring buffer: token i of a text is in slot i % size. `length` is the number of tokens so
-    far; GPT.forward() advances it after the last layer, and setting it to 0 empties the cache. All
-    texts may share one prompt, given as a batch of 1. Buffers are allocated on first use.
+    far, which move_to() sets after each model.forward(); move_to(0) empties the cache. All texts
+    may share one prompt, given as a batch of 1. Buffers are allocated on first use.
+
+    If it is `static`, each further token uses the same memory and shapes, as a CUDA graph demands:
+    the length is on the device too, and unused slots are masked, not left out.
     """
 
-    def __init__(self, config: GPTConfig, B: int, size: int):
-        self.B, self.size, self.length = B, size, 0
+    def __init__(self, config: GPTConfig, B: int, size: int, static: bool = False):
+        self.B, self.size, self.length, self.static = B, size, 0, static
         self.keys, self.values = ([None] * config.n_layer for _ in range(2))
         self.last = {}  # module -> its last inputs
+        # if static: the length (1,), the next token's slot (1,), and what is added to scores (1, S)
+        self.start = self.slot = self.mask = None
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v of new tokens; return the keys and values that they attend to.
+    def move_to(self, length: int) -> None:
+        """Set the number of tokens in the cache."""
+        self.length = length
+        if self.mask is None:
+            return
+        if length == 0:
+            self.mask.fill_(-math.inf)
+        self.start.fill_(length)
+        self.slot.fill_(length % self.size)
+        self.mask[:, : min(length + 1, self.size)] = 0
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """The positions (T,) of T new tokens."""
+        if self.static and self.length:
+            return self.start.expand(T)
+        return torch.arange(self.length, self.length + T, device=device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k and v of new tokens; return the keys and values that they attend to, and a mask.
 
         k and v are (B or 1, n_kv_head, T, head_dim). If the cache is empty, T is at most `size`,
-        and k and v themselves are returned. Otherwise T is 1, and all slots in use are returned:
+        and k and v themselves are returned. Otherwise T is 1, and the slots in use are returned:
         (B, n_kv_head, S, head_dim). Their order does not matter, since keys carry their positions.
         """
         T = k.shape[2]
         assert T == 1 or self.length == 0
         if self.keys[layer] is None:
-            shape = (self.B, k.shape[1], self.size, k.shape[3])
-            # a CPU attends from one token four times as fast in float32 as in bfloat16
-            dtype = torch.float32 if k.device.type == "cpu" and k.dtype.itemsize < 4 else k.dtype
-            self.keys[layer], self.values[layer] = (k.new_empty(shape, dtype=dtype) for _ in "kv")
+            self._allocate(layer, k)
         keys, values, slot = self.keys[layer], self.values[layer], self.length % self.size
+        if self.static and self.length:
+            keys.index_copy_(2, self.slot, k)
+            values.index_copy_(2, self.slot, v)
+            return keys, values, self.mask
         keys.narrow(2, slot, T).copy_(k)
         values.narrow(2, slot, T).copy_(v)
         if self.length == 0:
-            return k, v
+            return k, v, None
         n_used = min(self.length + 1, self.size)
-        return keys.narrow(2, 0, n_used), values.narrow(2, 0, n_used)
+        return keys.narrow(2, 0, n_used), values.narrow(2, 0, n_used), None
+
+    def _allocate(self, layer: int, k: Tensor) -> None:
+        # SDPA copies a mask whose width is not a multiple of 16
+        n_slots = 16 * math.ceil(self.size / 16) if self.static else self.size
+        # a CPU attends from one token four times as fast in float32 as in bfloat16
+        dtype = torch.float32 if k.device.type == "cpu" and k.dtype.itemsize < 4 else k.dtype
+        shape = (self.B, k.shape[1], n_slots, k.shape[3])
+        self.keys[layer], self.values[layer] = (k.new_zeros(shape, dtype=dtype) for _ in "kv")
+        if self.static and self.mask is None:
+            self.start, self.slot = torch.zeros(2, 1, dtype=torch.int64, device=k.device)
+            self.mask = k.new_full((1, n_slots), -math.inf, dtype=dtype)
 
     def prepend(self, module: nn.Module, x: Tensor, n: int) -> Tensor:
         """Prepend the module's previous n to x (B or 1, T, ...), or zeros if there are none."""
@@ -106,18 +142,25 @@ def generate(
     """
     B, N = uniforms.shape
     block_size, rotary = model.config.block_size, model.config.rotary
-    cache = KVCache(model.config, B, size=min(idx.shape[1] + N, block_size))
+    static = idx.device.type in GRAPH_DEVICES
+    cache = KVCache(model.config, B, min(idx.shape[1] + N, block_size), static)
+
+    def step(new_ids: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        logits, _ = model.forward(new_ids, cache=cache)  # not compiled: T varies
+        logits = logits[:, -1, :n_ids].expand(B, -1)
+        return logits, sample_token(logits, u, temperature, top_k, top_p)
+
+    further_step = CudaGraph(step) if static else step
     context = idx[:, -block_size:].expand(B, -1)  # the last tokens, kept for learned positions only
     new_ids = idx[:, -block_size:]  # those that are not in the cache yet
     for u in uniforms.to(idx.device).unbind(1):
         if cache.length == cache.size and not rotary:
-            cache.length = 0
+            cache.move_to(0)
             new_ids = context[:, -max(1, cache.size // 2) :]
-        logits, _ = model.forward(new_ids, cache=cache)  # not compiled: T varies
-        logits = logits[:, -1, :n_ids].expand(B, -1)
+        logits, ids = (further_step if cache.length else step)(new_ids, u)
+        cache.move_to(cache.length + new_ids.shape[1])
         if on_logits:
             on_logits(logits)
-        ids = sample_token(logits, u, temperature, top_k, top_p)
         yield ids
         new_ids = ids[:, None]
         if not rotary:

@@ -149,11 +149,9 @@ class Muon(EagerOptimizer):
                 lr = lr * (1 - self.found_inf)
             momenta.lerp_(grads, 1 - group["momentum"])
             updates = orthogonalize(grads.lerp_(momenta, group["momentum"]), self._dtype)
-            updates = iter(updates * (-lr * scales))
-            for p, n in members:
-                p.mul_(1 - lr * group["weight_decay"])
-                for piece in _wide_pieces(p, n):
-                    piece.add_(next(updates))
+            pieces = [piece for p, n in members for piece in _wide_pieces(p, n)]
+            torch._foreach_mul_([p for p, _ in members], 1 - lr * group["weight_decay"])
+            torch._foreach_add_(pieces, list(updates * (-lr * scales)))
 
 
 def _wide_pieces(matrix: Tensor, n: int) -> list[Tensor]:

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from test_model import MODERN, SHAPES, SMALL, every_part, scrambled
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import folio.generation
 import model as model_py
+from folio.ensemble import Ensemble
+from folio.fast import CudaGraph
 from folio.generation import KVCache, generate, prepare_for_sampling, sample_token
 from model import GPT, Bigram
 
@@ -48,11 +51,15 @@ def itemsize(dtype):
     return dtype.itemsize
 
 
-def feed(model, idx, start):
+def feed(model, idx, start, static=False):
     """Logits (B, V) after start, start + 1, ... tokens of idx (B, T), by a cache."""
-    cache = KVCache(model.config, len(idx), idx.shape[1])
+    cache = KVCache(model.config, len(idx), idx.shape[1], static)
     steps = [idx[:, :start], *idx[:, start:].split(1, dim=1)]
-    return [model(step, cache=cache)[0][:, -1] for step in steps], cache
+    logits = []
+    for step in steps:
+        logits.append(model(step, cache=cache)[0][:, -1])
+        cache.move_to(cache.length + step.shape[1])
+    return logits, cache
 
 
 @every_part
@@ -72,10 +79,11 @@ def test_the_same_tokens_as_the_plain_generate(config, length, temperature):
 
 
 @every_part
-def test_the_same_logits_in_float32(config):
+@pytest.mark.parametrize("static", [False, True])
+def test_the_same_logits_in_float32(config, static):
     model, idx = lively(config).float(), torch.randint(65, (3, SIZE))
     with torch.inference_mode():
-        cached, _ = feed(model, idx, 10)
+        cached, _ = feed(model, idx, 10, static)
         expected, _ = model(idx)
     for t, logits in enumerate(cached, 9):
         assert (logits - expected[:, t]).abs().max() < 1e-4, t
@@ -105,7 +113,7 @@ def test_with_rotary_positions_every_layer_attends_to_the_last_block(config, len
     ids = torch.cat((ids, generated(model, ids, LONG, temperature=0)), dim=1)
     ids = ids[:, max(0, length - SIZE) :]  # what the cache has never held
 
-    def banded(q, k, v):
+    def banded(q, k, v, mask):
         T, n_shared = q.shape[2], q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))
         band = torch.ones(T, T).tril().bool() & torch.ones(T, T).triu(1 - SIZE).bool()
@@ -115,6 +123,36 @@ def test_with_rotary_positions_every_layer_attends_to_the_last_block(config, len
     logits, _ = model(ids)
     expected = logits.argmax(-1)[:, min(length, SIZE) - 1 : -1]
     assert torch.equal(ids[:, min(length, SIZE) :], expected)
+
+
+class Replayed(CudaGraph):
+    """A CUDA graph on a CPU: what torch does in the second call is traced and repeated."""
+
+    traced = None
+
+    def __call__(self, *args):
+        if self._args is None:
+            return super().__call__(*args)
+        if self.traced is not None:
+            return self.traced(*args)
+        results = []
+        self.traced = make_fx(lambda *args: results.append(self._function(*args)) or results[0])(
+            *args
+        )
+        return results[0]
+
+
+@every_part
+@pytest.mark.parametrize("n", [1, 2, LONG])
+def test_a_cuda_graph_gives_the_same_tokens(config, n, monkeypatch):
+    """Also past block_size, where learned positions start again."""
+    model, idx = lively(config), torch.randint(65, (3, 10))
+    expected = generated(model, idx, n, top_k=20, top_p=0.9)
+    monkeypatch.setattr(folio.generation, "CudaGraph", Replayed)
+    monkeypatch.setattr(folio.generation, "GRAPH_DEVICES", ("cpu",))
+    assert torch.equal(generated(model, idx, n, top_k=20, top_p=0.9), expected)
+    for part in (Bigram(config), Ensemble([model, lively(config)])):
+        assert generated(part, idx, n).shape == (3, n)
 
 
 def test_a_text_does_not_depend_on_those_beside_it():

@@ -1,16 +1,18 @@
 """All that is measured on a GPU, in one run of under eight minutes.
 
-    python tests/bench/gpu.py NANOGPT INPUT
+    python tests/bench/gpu.py NANOGPT INPUT [GPT_FAST]
     python tests/bench/gpu.py --dry-run [NANOGPT]      tiny shapes, on any machine
 
-NANOGPT is a checkout of github.com/karpathy/nanoGPT, of which only model.py is imported; INPUT is
-tiny Shakespeare's input.txt. Each case is a process with a time limit. Prints for GPT-2 (124M) and
-for the baby GPT: tokens a second, MFU and the most memory held while training, by dtype, with and
-without torch.compile, beside nanoGPT; then tokens a second in sampling 1, 10 and 100 texts; then
-the seconds to a loss of 1.4697, as a whole process.
+NANOGPT is a checkout of github.com/karpathy/nanoGPT, of which only model.py is imported, GPT_FAST
+one of github.com/pytorch-labs/gpt-fast; INPUT is tiny Shakespeare's input.txt. Each case is a
+process with a time limit. Prints for GPT-2 (124M) and for the baby GPT: tokens a second, MFU, the
+most memory held while training and what Folio estimated, by dtype, with and without torch.compile,
+beside nanoGPT; then tokens a second in sampling 1, 10 and 100 texts of 300 tokens, beside gpt-fast
+with a Llama of GPT-2's size; then the seconds to a loss of 1.4697, as a whole process.
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -26,8 +28,9 @@ from shakespeare import ROOT, prepare, train
 from time_to_loss import ROWS
 
 import train as script
+from folio import generation
 from folio.generation import prepare_for_sampling
-from folio.machine import find_device, peak_flops
+from folio.machine import find_device, memory_needed, peak_flops
 from model import GPT
 
 BABY = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "bias": False}
@@ -44,12 +47,15 @@ CASES = [  # program, model, dtype, compiled, seconds allowed
     ("Folio", "GPT-2", "bfloat16", False, 60),
     ("Folio", "baby", "bfloat16", True, 60),
     ("nanoGPT", "baby", "bfloat16", True, 60),
+    ("Folio, modern", "baby", "bfloat16", True, 60),
     ("Folio", "baby", "bfloat16", False, 40),
+    ("Folio, modern", "baby", "bfloat16", False, 40),
     ("Folio", "baby", "float16", True, 60),
     ("Folio", "baby", "float32", True, 60),
 ]
 DRY_CASES = [(p, "tiny", "float32", False, 60) for p in ("Folio", "Folio, modern", "nanoGPT")]
 WARM_UP, UPDATES = 5, 20
+SAMPLED = 300  # tokens of a text
 NANOGPT = """  # the body of its training loop
 import json, statistics, time, torch
 from model import GPT, GPTConfig
@@ -76,6 +82,26 @@ print(json.dumps({{"seconds": statistics.median(times[warm_up:]), "GiB": held}})
 """
 
 
+GPT_FAST = """  # what its generate.py does with --compile, for random weights
+import json, statistics, time, torch, generate
+from model import ModelArgs, Transformer
+device, B, n = "{}", {}, {}
+config = ModelArgs(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, dim=768)
+model = Transformer(config).to(device, torch.bfloat16).eval()
+generate.decode_one_token = torch.compile(
+    generate.decode_one_token, mode="reduce-overhead", fullgraph=True)
+prompt = torch.zeros(1, dtype=torch.int, device=device)
+times = []
+for _ in range(5):
+    began = time.perf_counter()
+    generate.generate(model, prompt, n, B, interactive=False, draft_model=None, temperature=0.8,
+        top_k=200)
+    torch.accelerator.synchronize()
+    times.append(time.perf_counter() - began)
+print(json.dumps({{"rate": B * n / statistics.median(times[2:])}}))
+"""
+
+
 def now(device: str) -> float:
     if device != "cpu":
         torch.accelerator.synchronize()
@@ -86,7 +112,8 @@ def folio_case(options: dict, vocab_size: int, batch: int, dtype: str, compile: 
     options |= {"vocab_size": vocab_size, "batch_size": batch, "micro_batch_size": batch}
     with noise(vocab_size, 2_000_000) as folder:
         run = make_run(folder, **options, dtype=dtype, compile=compile)
-        return measure(run.cfg.device, lambda: script.update(run))
+        result = measure(run.cfg.device, lambda: script.update(run))
+        return result | {"estimate": memory_needed(run.model, run.cfg) / 2**30}
 
 
 def measure(device: str, update: Callable[[], object]) -> dict:
@@ -102,11 +129,22 @@ def measure(device: str, update: Callable[[], object]) -> dict:
     return {"seconds": statistics.median(times), "GiB": held}
 
 
-def sampling_case(shape: str, batches: tuple[int, ...], n: int) -> dict:
+def sampling_case(shape: str, batches: tuple[int, ...], n: int, graph: bool) -> dict:
+    if not graph:
+        generation.GRAPH_DEVICES = ()
     model = GPT(SHAPES[shape]).to(find_device("auto")).eval()
     prepare_for_sampling(model)
     seconds(model, 10, 20)
-    return {str(B): B * n / sum(seconds(model, B, n)) for B in batches}
+    return {
+        str(B): B * n / statistics.median(sum(seconds(model, B, n)) for _ in range(3))
+        for B in batches
+    }
+
+
+def gpt_fast_case(checkout: str, B: int) -> dict:
+    """The tokens a second of B texts."""
+    code = GPT_FAST.format(str(find_device("auto")), B, SAMPLED)
+    return child([sys.executable, "-c", code], 240, checkout)
 
 
 def case(words: list, limit: int) -> dict:
@@ -141,7 +179,7 @@ def main() -> None:
     device = find_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
     print(f"{name}, torch {torch.__version__}")
-    print(f"{'':36}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}")
+    print(f"{'':36}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}{'estimate':>10}")
     for program, model, dtype, compile, limit in DRY_CASES if dry else CASES:
         options, vocab_size, batch = MODELS[model]
         extra = MODERN if "modern" in program else {}
@@ -160,17 +198,23 @@ def main() -> None:
                 flops = GPT(config).flops_per_token()
             mfu = f"{tokens * flops / peak:8.1%}" if peak else f"{'':8}"
             how = f"{program}, {model}, {dtype}, {'compiled' if compile else 'eager'}"
-            print(f"{how:36}{tokens:12,.0f}{mfu}{result['GiB']:8.1f}", flush=True)
-    print("sampling, tokens/s, 1, 10, 100 texts")
-    for shape, batches, n in [("small", (1, 2), 10)] if dry else [("GPT-2", (1, 10, 100), 300)]:
-        result = case(["sampling_case", shape, batches, n], 90)
-        print(f"{shape:36}" + "".join(f"{rate:12,.0f}" for rate in result.values()), flush=True)
+            estimate = f"{result['estimate']:10.1f}" if "estimate" in result else ""
+            print(f"{how:36}{tokens:12,.0f}{mfu}{result['GiB']:8.1f}{estimate}", flush=True)
+    shape, batches, n = ("small", (1, 2), 10) if dry else ("GPT-2", (1, 10, 100), SAMPLED)
+    print(f"sampling, tokens/s{'':18}" + "".join(f"{B:>12}" for B in batches))
+    for name, graph in {"CUDA graph": True, "kernel by kernel": False}.items():
+        result = case(["sampling_case", shape, batches, n, graph], 90)
+        print(f"{name:36}" + "".join(f"{rate:12,.0f}" for rate in result.values()), flush=True)
+    if len(sys.argv) > 3 and not dry:
+        rates = [gpt_fast_case(sys.argv[3], B).get("rate", math.nan) for B in batches]
+        print(f"{'gpt-fast':36}" + "".join(f"{rate:12,.0f}" for rate in rates), flush=True)
     if not dry:
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder), Path(sys.argv[2]).resolve())
             recipe, *words = ROWS["1.4697"].split()
-            result = train(Path(folder), str(ROOT / "config" / recipe), *words)
-            print(f"to 1.4697: {result.wall:.1f} s of wall time, loss {result.loss:.4f}")
+            for how in ("--compile=False", "--compile=True"):
+                r = train(Path(folder), str(ROOT / "config" / recipe), *words, how)
+                print(f"to 1.4697, {how}: {r.wall:.1f} s, training {r.training:.1f}: {r.loss:.4f}")
     print(f"all of this took {time.perf_counter() - began:.0f} s")
 
 
