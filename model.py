@@ -372,8 +372,11 @@ class GPT(LanguageModel):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     def activations_per_token(self) -> int:
-        """Rough number of elements saved for backward: 16 * n_embd per block, and the logits."""
-        return 16 * self.config.n_layer * self.config.n_embd + self.config.vocab_size
+        """Rough number of elements saved for backward: in a block 16 * n_embd, and 2 * n_embd for
+        each part that adds operations; and the logits."""
+        c = self.config
+        per_block = 16 + 2 * (c.rotary + c.qk_norm + c.key_shift + (c.conv > 1))
+        return per_block * c.n_layer * c.n_embd + c.vocab_size
 
 
 class Bigram(LanguageModel):

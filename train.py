@@ -33,6 +33,7 @@ from torch import Tensor
 from data import bins
 from folio import distributed, machine, metrics, plan, run_folder, startup
 from folio.batch import autocast, get_batch, seed_dropout
+from folio.fast import Number
 from folio.optim import get_lr
 from folio.options import PathStr, build_options
 from folio.plot import plot_losses
@@ -137,14 +138,6 @@ class TrainConfig(GPTConfig):
 def update(run: Run) -> tuple[Tensor, Tensor]:
     """Make one optimizer update; return its loss and gradient norm, on the device."""
     cfg, progress = run.cfg, run.progress
-    lr = get_lr(
-        progress.iter_num,
-        cfg.schedule,
-        cfg.learning_rate,
-        cfg.min_lr,
-        cfg.warmup_iters,
-        cfg.lr_decay_iters or cfg.max_iters,
-    )
     rank, world_size, size = distributed.rank(), distributed.world_size(), cfg.micro_batch_size
     n_micro = cfg.batch_size // (world_size * size)
     loss = torch.zeros((), device=cfg.device)  # nats per token, the mean over the batch
@@ -155,31 +148,47 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
         idx, targets = get_batch(run.dataset.train, starts, cfg.block_size, cfg.device)  # (B, T)
         seed_dropout(cfg.seed, first)
         distributed.set_gradient_sync(run.trained, micro_step == n_micro - 1)
-        lesson = run.teach(idx)
-        with autocast(cfg.device, cfg.dtype):
-            _, micro_loss = run.trained(idx, targets, **lesson)
-        micro_loss = micro_loss / n_micro
-        run.scaler.scale(micro_loss).backward()  # accumulates gradients
-        loss += micro_loss.detach() / world_size
+        loss += run.launch(forward_backward, idx, targets, n_micro) / world_size
     loss = distributed.sum_over_ranks(loss)
+    norm = run.launch(step, loss, progress.iter_num, learning_rate(cfg, progress.iter_num))
+    progress.iter_num += 1
+    progress.n += cfg.batch_size
+    progress.tokens += cfg.batch_size * cfg.block_size
+    return loss, norm
 
+
+def forward_backward(run: Run, idx: Tensor, targets: Tensor, n_micro: Number) -> Tensor:
+    """Add the gradients of one of n_micro micro-batches; return its share of the loss."""
+    lesson = run.teach(idx)
+    with autocast(run.cfg.device, run.cfg.dtype):
+        _, loss = run.trained(idx, targets, **lesson)
+    loss = loss / n_micro
+    run.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def step(run: Run, loss: Tensor, iter_num: Number, lr: Number) -> Tensor:
+    """Update the weights from the gradients, and clear these; return the gradient norm."""
+    cfg = run.cfg
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
     norm = distributed.whole(norm)
-    skip = run.guard.check(progress.iter_num, loss, norm, lr)  # 1 if it must be skipped
+    skip = run.guard.check(iter_num, loss, norm, lr)  # 1 if it must be skipped
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr / cfg.learning_rate * optimizer.defaults["lr"]  # Muon's in proportion
         optimizer.found_inf = skip  # if it is 1, step() does nothing, as in scaler.step()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=run.graphs is None)
     run.scaler.update()
+    return norm
 
-    progress.iter_num += 1
-    progress.n += cfg.batch_size
-    progress.tokens += cfg.batch_size * cfg.block_size
-    return loss, norm
+
+def learning_rate(cfg: TrainConfig, iter_num: int) -> float:
+    """AdamW's learning rate in update `iter_num`."""
+    end = cfg.lr_decay_iters or cfg.max_iters
+    return get_lr(iter_num, cfg.schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, end)
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -271,7 +280,7 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
     """Log the last update. Only here does the host wait for the device."""
     cfg, progress = run.cfg, run.progress
     loss, norm = loss.item(), norm.item()
-    lr = run.optimizers[0].param_groups[0]["lr"]
+    lr = learning_rate(cfg, progress.iter_num - 1)
     run.check_finite()
     run.read_clock()
     speed = log.tokens_per_second(progress.tokens, progress.train_seconds)
@@ -336,7 +345,7 @@ def start(argv: list[str], given: dict, quick_start: bool = False) -> int:
             cfg,
             device=device,
             dtype=dtype,
-            compile=compile and not cfg.eval_only,
+            compile=False if cfg.eval_only else compile,
             dataset=dataset.folder.name if quick_start else cfg.dataset,
             vocab_size=startup.model_vocab_size(given.get("vocab_size"), dataset, ckpt),
         )

@@ -20,11 +20,12 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+Number = float | Tensor  # a number, or a tensor () of it
 MATMUL_ATTENTION_BLOCK = 512  # longest context for which attention runs as two matrix products
 PACKED_WEIGHTS = 2**17  # smallest float32 matrix that is faster in oneDNN's layout
 CHUNK_LOGITS = {
     "cpu": 2**22,
-    "gpu": 2**28,
+    "gpu": 2**26,
 }  # float32 logits at a time: enough to saturate the device
 GRAD_SCALE = 2**10  # keeps a mean gradient in float16 far from overflow and from underflow
 
@@ -135,24 +136,27 @@ class TokenLoss(torch.autograd.Function):
 
 
 class CudaGraph:
-    """A function of tensors whose kernels are launched all at once, instead of one by one.
+    """A function whose kernels are launched all at once, instead of one by one.
 
     The first call runs the function, so that it can allocate what it keeps. The second records the
-    kernels, and each further call repeats these alone, with new arguments of the same shapes.
+    kernels, and each further call repeats these alone, with new arguments of the same shapes. A
+    number becomes a tensor, since the function must not depend on its value. The first argument
+    is a tensor.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]):
-        self._function, self._args, self._graph = function, None, None
+        self._function, self._args, self._graph, self._results = function, [], None, ()
 
-    def __call__(self, *args: Tensor) -> tuple[Tensor, ...]:
-        if self._args is None:
-            self._args = [arg.clone() for arg in args]
-            return self._function(*args)
+    def __call__(self, *args: Tensor | Number) -> tuple[Tensor, ...]:
+        device = args[0].device
+        if not self._args:
+            self._args = [torch.as_tensor(arg, device=device).clone() for arg in args]
+            return self._function(*self._args)
         for mine, arg in zip(self._args, args, strict=True):
-            mine.copy_(arg)
+            mine.copy_(arg) if isinstance(arg, Tensor) else mine.fill_(arg)
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(args[0].device), torch.cuda.graph(self._graph):
+            with torch.cuda.device(device), torch.cuda.graph(self._graph):
                 self._results = self._function(*self._args)
         self._graph.replay()
         return tuple(result.clone() for result in self._results)

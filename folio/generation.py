@@ -150,14 +150,14 @@ def generate(
         logits = logits[:, -1, :n_ids].expand(B, -1)
         return logits, sample_token(logits, u, temperature, top_k, top_p)
 
-    further_step = CudaGraph(step) if static else step
+    replayed = CudaGraph(step) if static else step
     context = idx[:, -block_size:].expand(B, -1)  # the last tokens, kept for learned positions only
     new_ids = idx[:, -block_size:]  # those that are not in the cache yet
     for u in uniforms.to(idx.device).unbind(1):
         if cache.length == cache.size and not rotary:
             cache.move_to(0)
             new_ids = context[:, -max(1, cache.size // 2) :]
-        logits, ids = (further_step if cache.length else step)(new_ids, u)
+        logits, ids = (replayed if cache.length else step)(new_ids, u)
         cache.move_to(cache.length + new_ids.shape[1])
         if on_logits:
             on_logits(logits)

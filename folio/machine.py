@@ -23,6 +23,8 @@ from folio.fast import MATMUL_ATTENTION_BLOCK
 from model import GPT, GPTConfig, LanguageModel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+COMPILE_PAYS = 180.0  # seconds of training from which on compiling saves more than it takes
+EAGER_SHARE = 0.3  # of a GPU's peak that GPT-2 (124M) reaches without compiling
 REUSED_BYTES = 2**25  # malloc reuses freed buffers below this; the largest M_MMAP_THRESHOLD
 CGROUP_LIMITS = (  # a container's memory limit, in cgroup versions 2 and 1
     "/sys/fs/cgroup/memory.max",
@@ -81,10 +83,11 @@ def fast_dtype(device: torch.device) -> str:
     return "bfloat16" if is_fast else "float32"
 
 
-def resolve_machine(device: str, dtype: str, compile: bool | str) -> tuple[str, str, bool]:
+def resolve_machine(device: str, dtype: str, compile: bool | str) -> tuple[str, str, bool | str]:
     """Replace each "auto" with the fastest choice; raises UserError for an impossible one.
 
-    Compiling needs Triton, which Windows and old GPUs lack.
+    Compiling needs Triton, which Windows and old GPUs lack. Where it is possible, its "auto" stays:
+    compiles() decides.
     """
     found = find_device(device)
     if dtype == "auto":
@@ -92,8 +95,9 @@ def resolve_machine(device: str, dtype: str, compile: bool | str) -> tuple[str, 
     if dtype == "float16" and found.type != "cuda":
         raise UserError(f"dtype=float16 needs CUDA; use float32 or bfloat16 on {found.type}")
     if compile == "auto":
-        compile = found.type == "cuda" and importlib.util.find_spec("triton") is not None
-        compile = compile and torch.cuda.get_device_capability(found) >= (7, 0)
+        possible = found.type == "cuda" and importlib.util.find_spec("triton") is not None
+        possible = possible and torch.cuda.get_device_capability(found) >= (7, 0)
+        compile = "auto" if possible else False
     return str(found), dtype, compile
 
 
@@ -149,6 +153,31 @@ def auto_micro_batch_size(model: LanguageModel, cfg: Any) -> int:
     return next(fitting, 1)
 
 
+def compiles(model: LanguageModel, cfg: Any) -> bool:
+    """Whether to compile the model of a run with train.py's TrainConfig: if that is left open, if
+    training would take more than COMPILE_PAYS otherwise."""
+    if cfg.compile != "auto":
+        return cfg.compile
+    if cfg.minutes:
+        return 60 * cfg.minutes > COMPILE_PAYS
+    flops = cfg.max_iters * cfg.batch_size * cfg.block_size * model.flops_per_token()
+    speed = EAGER_SHARE * (peak_flops(cfg.device) or PEAK_FLOPS["A100"])
+    return cfg.max_iters == 0 or flops / speed / distributed.world_size() > COMPILE_PAYS
+
+
+def uses_cuda_graphs(model: LanguageModel, cfg: Any) -> bool:
+    """Whether a run with train.py's TrainConfig launches its updates as CUDA graphs.
+
+    A graph keeps its activations, so they must leave room for others. It cannot hold what asks for
+    values on the host, as the loss scale and activation checkpointing do.
+    """
+    if not cfg.device.startswith("cuda") or cfg.dtype == "float16":
+        return False
+    plain = distributed.world_size() == 1 and cfg.activation_checkpointing == "none"
+    available = available_memory(torch.device(cfg.device)) or 0
+    return plain and memory_needed(model, cfg) < available / 4
+
+
 def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
     """Attention weights per token that a layer saves for backward."""
     materialized = device == "cpu" and dtype == "bfloat16"
@@ -170,10 +199,13 @@ def memory_parts(model: LanguageModel, cfg: Any) -> dict[str, int]:
     if cfg.eval_only:
         elements = c.vocab_size
     elif isinstance(model, GPT):
-        elements += 2 * c.n_layer * attention_elements(c, cfg.device, cfg.dtype)
-        # a block that is computed again saves only its input
+        in_block = (elements - c.vocab_size) // c.n_layer
+        if cfg.dtype != "float32":  # residuals and norms are in float32 all the same
+            in_block += 4 * c.n_embd
+        in_block += 2 * attention_elements(c, cfg.device, cfg.dtype)
         again = {"none": 0, "half": c.n_layer // 2, "full": c.n_layer - 1}
-        elements -= 14 * c.n_embd * again[cfg.activation_checkpointing]
+        n_again = again[cfg.activation_checkpointing]  # blocks that save only their input
+        elements = c.vocab_size + in_block * (c.n_layer - n_again) + 2 * c.n_embd * n_again
     n_tokens = cfg.micro_batch_size * c.block_size
     parts = {"weights": 4 * n_params}
     if not cfg.eval_only:
@@ -184,8 +216,8 @@ def memory_parts(model: LanguageModel, cfg: Any) -> dict[str, int]:
     if cfg.fsdp:
         parts = {name: n_bytes // distributed.world_size() for name, n_bytes in parts.items()}
         # what is gathered at a time: the embeddings, and about two blocks
-        in_block = sum(p.numel() for p in model.h[0].parameters()) if isinstance(model, GPT) else 0
-        parts["gathered"] = 8 * (n_params - in_block * c.n_layer + in_block)
+        block = sum(p.numel() for p in model.h[0].parameters()) if isinstance(model, GPT) else 0
+        parts["gathered"] = 8 * (n_params - block * c.n_layer + block)
     parts["activations"] = n_tokens * elements * (4 if cfg.dtype == "float32" else 2)
     return parts
 

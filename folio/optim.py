@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from folio.fast import Number
 from model import LanguageModel
 
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # x -> a x + b x^3 + c x^5 maps 0.01..1 to 0.7..1.2
@@ -67,6 +68,7 @@ def make_optimizers(
         lr=learning_rate,
         betas=(beta1, beta2),
         fused=True,
+        capturable=next(iter(params.values())).device.type == "cuda",  # by a CUDA graph
     )
     for p in params.values():  # created now, not in the first step, so that it can be restored
         adamw.state[p] = {
@@ -181,10 +183,10 @@ class DivergenceGuard:
         self._first = torch.zeros(5, device=device)  # diverged?, iter_num, loss, norm, lr
         self._ignore_norm = ignore_norm
 
-    def check(self, iter_num: int, loss: Tensor, norm: Tensor, lr: float) -> Tensor:
+    def check(self, iter_num: Number, loss: Tensor, norm: Tensor, lr: Number) -> Tensor:
         """Check an update; return 1.0 if it is to be skipped, else 0.0."""
         bad = ~loss.isfinite() if self._ignore_norm else ~(loss + norm).isfinite()
-        iter_num, lr = torch.full_like(loss, iter_num), torch.full_like(loss, lr)
+        iter_num, lr = torch.zeros_like(loss) + iter_num, torch.zeros_like(loss) + lr
         latest = torch.stack([bad, iter_num, loss, norm, lr])
         self._first.copy_(torch.where(self._first[0] > 0, self._first, latest))
         return torch.maximum(self._first[0], (~norm.isfinite()).float())

@@ -93,6 +93,8 @@ def time_update(run: Run, update: Update) -> float:
     run.guard.skip_all(True)
     try:
         first = _seconds(run, lambda: trial(1))
+        if run.graphs is not None:
+            trial(1)  # records them
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

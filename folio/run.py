@@ -24,6 +24,7 @@ from folio import checkpoint, distributed, machine, run_folder
 from folio.batch import autocast, split_loss
 from folio.checkpoint import Checkpoint
 from folio.ensemble import load_teacher
+from folio.fast import CudaGraph, Number
 from folio.generation import Sampling, batches, encode_prompt, generate_texts
 from folio.metrics import Clock
 from folio.optim import DivergenceGuard, make_optimizers
@@ -84,6 +85,7 @@ class Run:
     progress: Progress
     clock: Clock
     stop: StopSignals
+    graphs: dict[Callable, CudaGraph] | None = None  # of launch(); None: it uses none
     teacher: LanguageModel | None = None  # of --teacher, in evaluation mode
     stopped: signal.Signals | None = None  # the signal that ends the run, as all ranks agreed
     budget: float = 0.0  # seconds of wall time, from --minutes; 0: none
@@ -144,6 +146,14 @@ class Run:
             logits, _ = self.teacher(idx)
         probs = logits.float().softmax(-1)
         return {"teacher_probs": F.pad(probs, (0, self.cfg.vocab_size - probs.shape[-1]))}
+
+    def launch(self, function: Callable[..., Tensor], *args: Number) -> Tensor:
+        """Call function(self, *args), with `graphs` as a CUDA graph."""
+        if self.graphs is None:
+            return function(self, *args)
+        if function not in self.graphs:
+            self.graphs[function] = CudaGraph(lambda *args: (function(self, *args),))
+        return self.graphs[function](*args)[0]
 
     def generate_samples(self) -> Iterator[str]:
         """Yield num_samples texts by the current model. Raises Stopped after a signal."""
@@ -223,9 +233,10 @@ class Run:
         cfg = self.cfg
         idx = torch.zeros(micro_batch_size, cfg.block_size, dtype=torch.int64, device=cfg.device)
         try:
-            with autocast(cfg.device, cfg.dtype):
-                _, loss = self.model(idx, idx)
-            loss.backward()
+            for _ in range(2):  # the second time there are gradients already
+                with autocast(cfg.device, cfg.dtype):
+                    _, loss = self.model(idx, idx)
+                loss.backward()
             return True
         except torch.OutOfMemoryError:
             return False
@@ -337,6 +348,7 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
     with distributed.together():
         outline = checkpoint.empty_model(cfg.model, config, "meta")
         cfg = replace(cfg, micro_batch_size=size or machine.auto_micro_batch_size(outline, cfg))
+        cfg = replace(cfg, compile=machine.compiles(outline, cfg))
         if cfg.plan:
             machine.print_size(outline, cfg)
         machine.check_memory(outline, cfg)
@@ -379,6 +391,7 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
         progress=progress,
         clock=Clock(cfg.device, progress.train_seconds, progress.wall_seconds),
         stop=StopSignals(),
+        graphs={} if training and machine.uses_cuda_graphs(outline, cfg) else None,
     )
     if training and cfg.teacher:
         with distributed.together():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import sample
 import train
+from folio import generation, machine
 from folio.fast import token_loss
 
 DEVICE = "cuda"
@@ -38,6 +39,22 @@ def test_half_precision_and_compiling_come_close(train_small, dtype, compile):
     words = (f"--device={DEVICE}", f"--dtype={dtype}", f"--compile={compile}", "--out_dir=gpu")
     assert train_small(*PLAIN, *MODERN, *words) == 0
     assert val_loss("gpu") == pytest.approx(val_loss("cpu"), abs=0.05)
+
+
+@pytest.mark.parametrize("compile", ["False", "True"])
+@pytest.mark.parametrize("parts", [(), MODERN, ("--teacher=cpu",)])
+def test_graphs_train_as_kernels_launched_one_by_one(train_small, monkeypatch, parts, compile):
+    """Also with dropout, of which the masks are the same if nothing is compiled."""
+    assert train_small("--out_dir=cpu", "--max_iters=2") == 0
+    dropout = "--dropout=0" if compile == "True" else "--dropout=0.1"
+    words = (*parts, f"--device={DEVICE}", f"--compile={compile}", "--micro_batch_size=4", dropout)
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: replays.append(g) or replay(g))
+    assert train_small(*words, "--out_dir=graphs") == 0
+    assert len(replays) > 60  # two micro-batches and a step in each of 20 updates
+    monkeypatch.setattr(machine, "uses_cuda_graphs", lambda model, cfg: False)
+    assert train_small(*words, "--out_dir=kernels") == 0
+    assert val_loss("graphs") == pytest.approx(val_loss("kernels"), abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -118,10 +135,12 @@ def test_the_loss_is_cross_entropy():
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
-def test_the_same_text_as_on_a_cpu_in_float64(config):
+def test_the_same_text_as_on_a_cpu_in_float64(config, monkeypatch):
     model, idx = lively(config), torch.randint(65, (3, 10))
     expected = generated(model, idx, 60, top_k=20, top_p=0.9)
     model.to(DEVICE)
+    assert torch.equal(generated(model, idx.to(DEVICE), 60, top_k=20, top_p=0.9).cpu(), expected)
+    monkeypatch.setattr(generation, "GRAPH_DEVICES", ())
     assert torch.equal(generated(model, idx.to(DEVICE), 60, top_k=20, top_p=0.9).cpu(), expected)
 
 

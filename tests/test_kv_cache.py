@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TracedGraph
 from test_model import MODERN, SHAPES, SMALL, every_part, scrambled
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import folio.generation
 import model as model_py
 from folio.ensemble import Ensemble
-from folio.fast import CudaGraph
 from folio.generation import KVCache, generate, prepare_for_sampling, sample_token
 from model import GPT, Bigram
 
@@ -125,30 +124,13 @@ def test_with_rotary_positions_every_layer_attends_to_the_last_block(config, len
     assert torch.equal(ids[:, min(length, SIZE) :], expected)
 
 
-class Replayed(CudaGraph):
-    """A CUDA graph on a CPU: what torch does in the second call is traced and repeated."""
-
-    traced = None
-
-    def __call__(self, *args):
-        if self._args is None:
-            return super().__call__(*args)
-        if self.traced is not None:
-            return self.traced(*args)
-        results = []
-        self.traced = make_fx(lambda *args: results.append(self._function(*args)) or results[0])(
-            *args
-        )
-        return results[0]
-
-
 @every_part
 @pytest.mark.parametrize("n", [1, 2, LONG])
 def test_a_cuda_graph_gives_the_same_tokens(config, n, monkeypatch):
     """Also past block_size, where learned positions start again."""
     model, idx = lively(config), torch.randint(65, (3, 10))
     expected = generated(model, idx, n, top_k=20, top_p=0.9)
-    monkeypatch.setattr(folio.generation, "CudaGraph", Replayed)
+    monkeypatch.setattr(folio.generation, "CudaGraph", TracedGraph)
     monkeypatch.setattr(folio.generation, "GRAPH_DEVICES", ("cpu",))
     assert torch.equal(generated(model, idx, n, top_k=20, top_p=0.9), expected)
     for part in (Bigram(config), Ensemble([model, lively(config)])):
