@@ -100,7 +100,7 @@ class TrainConfig(GPTConfig):
     # the machine
     device: str = "auto"  # cuda, cuda:1, mps, cpu; auto: the first that exists
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of matrix products
-    compile: Literal["auto", True, False] = "auto"  # use torch.compile; auto: on CUDA
+    compile: Literal["auto", True, False] = "auto"  # use torch.compile; auto: on CUDA, if it pays
     deterministic: bool = False  # bitwise reproducible on CUDA too, but slower
     fsdp: bool = False  # with torchrun: FSDP2, which shards the model, instead of DDP
     activation_checkpointing: Literal["none", "half", "full"] = "none"  # less memory, but slower
@@ -137,20 +137,19 @@ class TrainConfig(GPTConfig):
 
 def update(run: Run) -> tuple[Tensor, Tensor]:
     """Make one optimizer update; return its loss and gradient norm, on the device."""
-    cfg, progress = run.cfg, run.progress
+    cfg, progress, data = run.cfg, run.progress, run.dataset.train
     rank, world_size, size = distributed.rank(), distributed.world_size(), cfg.micro_batch_size
     n_micro = cfg.batch_size // (world_size * size)
     loss = torch.zeros((), device=cfg.device)  # nats per token, the mean over the batch
     for micro_step in range(n_micro):
         first = progress.n + (micro_step * world_size + rank) * size
-        n = first + np.arange(size)
-        starts = bins.window(cfg.seed, n, len(run.dataset.train.tokens), cfg.block_size)
-        idx, targets = get_batch(run.dataset.train, starts, cfg.block_size, cfg.device)  # (B, T)
+        starts = bins.window(cfg.seed, first + np.arange(size), len(data.tokens), cfg.block_size)
+        idx, targets = get_batch(data, starts, cfg.block_size, cfg.device)  # (B, T)
         seed_dropout(cfg.seed, first)
         distributed.set_gradient_sync(run.trained, micro_step == n_micro - 1)
         loss += run.launch(forward_backward, idx, targets, n_micro) / world_size
     loss = distributed.sum_over_ranks(loss)
-    norm = run.launch(step, loss, progress.iter_num, learning_rate(cfg, progress.iter_num))
+    norm = run.launch(step, loss, progress.iter_num, get_lr(cfg, progress.iter_num))
     progress.iter_num += 1
     progress.n += cfg.batch_size
     progress.tokens += cfg.batch_size * cfg.block_size
@@ -159,9 +158,8 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
 
 def forward_backward(run: Run, idx: Tensor, targets: Tensor, n_micro: Number) -> Tensor:
     """Add the gradients of one of n_micro micro-batches; return its share of the loss."""
-    lesson = run.teach(idx)
     with autocast(run.cfg.device, run.cfg.dtype):
-        _, loss = run.trained(idx, targets, **lesson)
+        _, loss = run.trained(idx, targets, **run.teach(idx))
     loss = loss / n_micro
     run.scaler.scale(loss).backward()
     return loss.detach()
@@ -183,12 +181,6 @@ def step(run: Run, loss: Tensor, iter_num: Number, lr: Number) -> Tensor:
         optimizer.zero_grad(set_to_none=run.graphs is None)
     run.scaler.update()
     return norm
-
-
-def learning_rate(cfg: TrainConfig, iter_num: int) -> float:
-    """AdamW's learning rate in update `iter_num`."""
-    end = cfg.lr_decay_iters or cfg.max_iters
-    return get_lr(iter_num, cfg.schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, end)
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -280,7 +272,7 @@ def log_update(run: Run, log: metrics.Log, loss: Tensor, norm: Tensor) -> None:
     """Log the last update. Only here does the host wait for the device."""
     cfg, progress = run.cfg, run.progress
     loss, norm = loss.item(), norm.item()
-    lr = learning_rate(cfg, progress.iter_num - 1)
+    lr = get_lr(cfg, progress.iter_num - 1)
     run.check_finite()
     run.read_clock()
     speed = log.tokens_per_second(progress.tokens, progress.train_seconds)

@@ -158,6 +158,7 @@ class CudaGraph:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(device), torch.cuda.graph(self._graph):
                 self._results = self._function(*self._args)
+            self._function = None  # with all that it holds
         self._graph.replay()
         return tuple(result.clone() for result in self._results)
 

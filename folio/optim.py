@@ -11,6 +11,7 @@ https://kellerjordan.github.io/posts/muon/).
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,23 +23,17 @@ NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # x -> a x + b x^3 + c x^5 maps 0.01..1
 NEWTON_SCHULZ_ITERS = 5
 
 
-def get_lr(
-    iter_num: int,
-    schedule: str,
-    learning_rate: float,
-    min_lr: float,
-    warmup_iters: int,
-    lr_decay_iters: int,
-) -> float:
-    """The learning rate of update `iter_num`: linear warm-up, then decay to min_lr."""
-    if iter_num < warmup_iters:
-        return learning_rate * (iter_num + 1) / (warmup_iters + 1)
-    if schedule == "constant":
-        return learning_rate
-    decay_iters = lr_decay_iters - warmup_iters
-    t = min(1.0, (iter_num - warmup_iters) / decay_iters) if decay_iters > 0 else 1.0
-    decay = 0.5 * (1 + math.cos(math.pi * t)) if schedule == "cosine" else 1 - t
-    return min_lr + decay * (learning_rate - min_lr)
+def get_lr(cfg: Any, iter_num: int) -> float:
+    """AdamW's learning rate in update `iter_num` of a run with train.py's TrainConfig: linear
+    warm-up, then decay to min_lr."""
+    if iter_num < cfg.warmup_iters:
+        return cfg.learning_rate * (iter_num + 1) / (cfg.warmup_iters + 1)
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
+    decay_iters = (cfg.lr_decay_iters or cfg.max_iters) - cfg.warmup_iters
+    t = min(1.0, (iter_num - cfg.warmup_iters) / decay_iters) if decay_iters > 0 else 1.0
+    decay = 0.5 * (1 + math.cos(math.pi * t)) if cfg.schedule == "cosine" else 1 - t
+    return cfg.min_lr + decay * (cfg.learning_rate - cfg.min_lr)
 
 
 def make_optimizers(

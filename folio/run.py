@@ -35,6 +35,7 @@ from model import MODELS, GPTConfig, LanguageModel
 
 TRAIN_SHARE = 4  # an evaluation reads this many times less of the training split
 PROMPT_TOKENS, CONTINUATION_TOKENS = 32, 100  # of a sample in samples.txt
+ROOM = 2**28  # bytes of a GPU for kernels, CUDA graphs and libraries' workspaces
 SMALLEST_SCALE = 2**-10  # of float16's loss; if gradients overflow even then, the run diverged
 
 
@@ -142,8 +143,7 @@ class Run:
         {} without a teacher."""
         if self.teacher is None:
             return {}
-        with autocast(self.cfg.device, self.cfg.dtype):
-            logits, _ = self.teacher(idx)
+        logits, _ = self.teacher(idx)
         probs = logits.float().softmax(-1)
         return {"teacher_probs": F.pad(probs, (0, self.cfg.vocab_size - probs.shape[-1]))}
 
@@ -230,6 +230,7 @@ class Run:
         self.cfg = replace(self.cfg, micro_batch_size=-int(distributed.maximum(-size)))
 
     def _fits(self, micro_batch_size: int) -> bool:
+        """Whether they do, and leave ROOM for what is loaded into a GPU's memory later."""
         cfg = self.cfg
         idx = torch.zeros(micro_batch_size, cfg.block_size, dtype=torch.int64, device=cfg.device)
         try:
@@ -237,11 +238,13 @@ class Run:
                 with autocast(cfg.device, cfg.dtype):
                     _, loss = self.model(idx, idx)
                 loss.backward()
-            return True
+            on_cuda = cfg.device.startswith("cuda")
+            return not on_cuda or torch.cuda.mem_get_info(cfg.device)[0] > ROOM
         except torch.OutOfMemoryError:
             return False
         finally:
             self.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizers' states by name: "exp_avg.h.0.attn.c_attn.weight" and so on."""

@@ -323,7 +323,9 @@ def describe(run: Run, ckpt: Checkpoint | None) -> None:
         name = torch.cuda.get_device_name(cfg.device)
     if distributed.world_size() > 1:
         name = f"{distributed.world_size()} processes with {name}"
-    print(f"machine: {cfg.device} ({name}), {cfg.dtype}, {'compiled' if cfg.compile else 'eager'}")
+    how = "compiled" if cfg.compile else "eager"
+    graphs = "" if run.graphs is None else ", CUDA graphs"
+    print(f"machine: {cfg.device} ({name}), {cfg.dtype}, {how}{graphs}")
     print(f"data:    {data.folder}: {run.tok.meta()['kind']} tokens, {data.vocab_size:,} ids")
     print(f"         {len(data.train.tokens):,} to train on, {len(data.val.tokens):,} to validate")
     names = ("n_layer", "n_head", "n_embd", "block_size")

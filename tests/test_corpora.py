@@ -155,7 +155,9 @@ def test_files_of_the_hub_one_at_a_time(server, monkeypatch):
         return fetch(self)
 
     monkeypatch.setattr(hub.HubFile, "fetch", noted)
-    dataset = build("--input=hf://datasets/some/texts/sample/*.jsonl", "--tokenizer=gpt2")
+    dataset = build(
+        "--input=hf://datasets/some/texts/sample/*.jsonl", "--tokenizer=gpt2", "--workers=1"
+    )
     assert documents_of(dataset) == sorted(DOCUMENTS)
     assert server.fetched == sorted(server.files)[1:], "each file once"
     assert stored[-1] != ["000.jsonl", "001.jsonl"], "what was used is dropped"

@@ -81,20 +81,28 @@ def test_a_loss_that_is_no_number_ends_with_3(train_small, capsys):
     assert "training diverged" in capsys.readouterr().err
 
 
+@pytest.fixture
+def one_gib():
+    """All but a GiB of the GPU is in use."""
+    torch.cuda.empty_cache()
+    used = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device=DEVICE)
+    yield
+    del used
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.parametrize("estimated", [True, False])
-def test_a_batch_that_does_not_fit(train_small, capsys, monkeypatch, estimated):
+def test_a_batch_that_does_not_fit(train_small, one_gib, capsys, monkeypatch, estimated):
     """It is halved until it fits, whether the estimate knows that or not; if asked for, refused."""
     words = ("--batch_size=4096", "--n_embd=512", "--block_size=256", "--compile=False")
     words += ("--max_iters=2", f"--device={DEVICE}")
     if not estimated:
         monkeypatch.setattr("folio.machine.available_memory", lambda device: None)
-    hog = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device=DEVICE)
     assert train_small(*words) == 0
     assert state("run")[1]["run_config"]["micro_batch_size"] < 4096
     assert train_small(*words, "--micro_batch_size=4096") == 2
     message = "training needs about" if estimated else "out of memory; use a smaller"
     assert message in capsys.readouterr().err
-    del hog
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

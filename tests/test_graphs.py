@@ -1,13 +1,18 @@
 """Promise: updates that a GPU replays as CUDA graphs train as others. A CPU traces them instead."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODERN, TracedGraph, load
+from conftest import MODERN, ROOT, TracedGraph, load
 
 import folio.run
-from folio import machine, metrics
+from folio import checkpoint, distributed, machine, metrics
+from folio.options import read_options
+from train import TrainConfig
+
+RECIPES = ROOT / "config"
 
 
 class NotReplayed:
@@ -42,3 +47,40 @@ def test_a_run_ends_in_the_same_bits(train_small, monkeypatch, parts, micro_batc
             for name in ("plain", "replayed")
         )
         assert [float(x or 0) for x in values] == pytest.approx([float(x or 0) for x in expected])
+
+
+def on_a_gpu(*argv):
+    """The options of a run on a GPU, and its model without weights."""
+    given, _ = read_options(TrainConfig, [*map(str, argv), "--device=cuda", "--vocab_size=65"])
+    cfg = TrainConfig(**{"dtype": "bfloat16", "micro_batch_size": 1, **given})
+    return checkpoint.empty_model(cfg.model, cfg, "meta"), cfg
+
+
+@pytest.mark.parametrize(
+    ("argv", "compiles"),
+    [
+        ([RECIPES / "shakespeare_char.py"], False),
+        ([RECIPES / "shakespeare_char_gpt2.py"], False),
+        ([RECIPES / "train_gpt2.py"], True),
+        (["--minutes=1"], False),
+        (["--minutes=10"], True),
+        (["--max_iters=0", "--patience=3", "--schedule=constant"], True),
+        ([RECIPES / "train_gpt2.py", "--compile=False"], False),
+        (["--minutes=1", "--compile"], True),
+    ],
+)
+def test_only_long_runs_are_compiled(monkeypatch, argv, compiles):
+    monkeypatch.setattr(machine, "peak_flops", lambda device: 989e12)
+    assert machine.compiles(*on_a_gpu(*argv)) is compiles
+
+
+def test_graphs_are_used_where_nothing_prevents_them(monkeypatch):
+    for available, uses in ((2**34, True), (2**31, False), (None, False), (2**34, True)):
+        monkeypatch.setattr(machine, "available_memory", lambda device, n=available: n)
+        assert machine.uses_cuda_graphs(*on_a_gpu()) is uses
+    for argv in ("--device=cpu", "--dtype=float16", "--activation_checkpointing=half"):
+        model, cfg = on_a_gpu()
+        name, _, value = argv.removeprefix("--").partition("=")
+        assert not machine.uses_cuda_graphs(model, replace(cfg, **{name: value})), argv
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert not machine.uses_cuda_graphs(*on_a_gpu())

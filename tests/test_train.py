@@ -296,7 +296,7 @@ def test_a_loss_of_zero_is_a_loss(train_small, resume_run, capsys):
 def test_the_schedules():
     def lrs(**options):
         given = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "lr_decay_iters": 100}
-        return [get_lr(i, **{**given, **options}) for i in range(120)]
+        return [get_lr(TrainConfig(**{**given, **options}), i) for i in range(120)]
 
     for schedule in ("cosine", "linear", "constant"):
         lr = lrs(schedule=schedule)

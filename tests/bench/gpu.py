@@ -179,7 +179,7 @@ def main() -> None:
     device = find_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
     print(f"{name}, torch {torch.__version__}")
-    print(f"{'':36}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}{'estimate':>10}")
+    print(f"{'':40}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}{'estimate':>10}")
     for program, model, dtype, compile, limit in DRY_CASES if dry else CASES:
         options, vocab_size, batch = MODELS[model]
         extra = MODERN if "modern" in program else {}
@@ -199,15 +199,15 @@ def main() -> None:
             mfu = f"{tokens * flops / peak:8.1%}" if peak else f"{'':8}"
             how = f"{program}, {model}, {dtype}, {'compiled' if compile else 'eager'}"
             estimate = f"{result['estimate']:10.1f}" if "estimate" in result else ""
-            print(f"{how:36}{tokens:12,.0f}{mfu}{result['GiB']:8.1f}{estimate}", flush=True)
+            print(f"{how:40}{tokens:12,.0f}{mfu}{result['GiB']:8.1f}{estimate}", flush=True)
     shape, batches, n = ("small", (1, 2), 10) if dry else ("GPT-2", (1, 10, 100), SAMPLED)
-    print(f"sampling, tokens/s{'':18}" + "".join(f"{B:>12}" for B in batches))
+    print(f"sampling, tokens/s{'':22}" + "".join(f"{B:>12}" for B in batches))
     for name, graph in {"CUDA graph": True, "kernel by kernel": False}.items():
         result = case(["sampling_case", shape, batches, n, graph], 90)
-        print(f"{name:36}" + "".join(f"{rate:12,.0f}" for rate in result.values()), flush=True)
+        print(f"{name:40}" + "".join(f"{rate:12,.0f}" for rate in result.values()), flush=True)
     if len(sys.argv) > 3 and not dry:
         rates = [gpt_fast_case(sys.argv[3], B).get("rate", math.nan) for B in batches]
-        print(f"{'gpt-fast':36}" + "".join(f"{rate:12,.0f}" for rate in rates), flush=True)
+        print(f"{'gpt-fast':40}" + "".join(f"{rate:12,.0f}" for rate in rates), flush=True)
     if not dry:
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder), Path(sys.argv[2]).resolve())
