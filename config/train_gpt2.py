@@ -3,8 +3,8 @@
 python prepare.py openwebtext
 python train.py config/train_gpt2.py       on several GPUs: docs/scale.md
 
-Hardware: a large GPU, not yet measured; nanoGPT's README has four days on eight A100s and a loss of
-2.85 for this model on OpenWebText.
+Hardware: a large GPU. An H200 trains on 495,000 tokens/s of this model; the whole recipe was not run.
+nanoGPT's README has a loss of 2.85 after four days on eight A100s.
 """
 
 dataset = "openwebtext"

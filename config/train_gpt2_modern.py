@@ -3,7 +3,7 @@
 python prepare.py fineweb10B_gpt2
 python train.py config/train_gpt2_modern.py       on several GPUs: docs/scale.md
 
-Hardware: a large GPU; time and loss are not yet measured.
+Hardware: a large GPU. Time and loss of the whole recipe are not yet measured.
 """
 
 dataset = "fineweb10B_gpt2"
