@@ -153,7 +153,10 @@ class CudaGraph:
             self._args = [torch.as_tensor(arg, device=device).clone() for arg in args]
             return self._function(*self._args)
         for mine, arg in zip(self._args, args, strict=True):
-            mine.copy_(arg) if isinstance(arg, Tensor) else mine.fill_(arg)
+            if isinstance(arg, Tensor):
+                mine.copy_(arg)
+            else:
+                mine.fill_(arg)  # without waiting for the device
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(device), torch.cuda.graph(self._graph):

@@ -298,7 +298,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved(train_small, monkeypatch, cap
     forward = GPT.forward
 
     def limited(self, idx, *args, **kwargs):
-        if len(idx) > 3:
+        if len(idx) > (6 if self.wte.weight.grad is None else 3):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, idx, *args, **kwargs)
 

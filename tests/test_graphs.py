@@ -49,6 +49,17 @@ def test_a_run_ends_in_the_same_bits(train_small, monkeypatch, parts, micro_batc
         assert [float(x or 0) for x in values] == pytest.approx([float(x or 0) for x in expected])
 
 
+def test_a_divergence_is_where_it_is_without_graphs(train_small, monkeypatch, capsys):
+    words = ("--learning_rate=1e20", "--grad_clip=0", "--warmup_iters=3", "--schedule=constant")
+    assert train_small(*words) == 3
+    expected = capsys.readouterr().err
+    assert "training diverged at iteration" in expected
+    monkeypatch.setattr(machine, "uses_cuda_graphs", lambda model, cfg: True)
+    monkeypatch.setattr(folio.run, "CudaGraph", TracedGraph)
+    assert train_small(*words, "--dropout=0") == 3
+    assert capsys.readouterr().err == expected
+
+
 def on_a_gpu(*argv):
     """The options of a run on a GPU, and its model without weights."""
     given, _ = read_options(TrainConfig, [*map(str, argv), "--device=cuda", "--vocab_size=65"])

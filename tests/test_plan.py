@@ -14,6 +14,7 @@ import train as script
 from data.errors import UserError
 from folio import checkpoint, machine, plan
 from folio.options import build_options
+from model import GPTConfig
 from train import TrainConfig
 
 
@@ -88,6 +89,31 @@ def test_what_a_run_that_does_not_fit_is_told_fits(data_dir, monkeypatch):
     assert "a model of less than" in advice(full - 1)
     monkeypatch.setattr(machine, "available_memory", lambda _: needed() + 1)
     machine.check_memory(model, cfg)
+
+
+@pytest.mark.parametrize(
+    ("size", "modern", "dtype", "held"),
+    [
+        ("GPT-2", False, "bfloat16", 15.1),
+        ("GPT-2", True, "bfloat16", 17.1),
+        ("baby", False, "bfloat16", 1.5),
+        ("baby", True, "bfloat16", 1.8),
+        ("baby", False, "float32", 2.5),
+    ],
+)
+def test_the_estimate_is_near_what_a_gpu_held(size, modern, dtype, held):
+    """GiB on an H200, compiled, as in docs/measurements.md."""
+    shape = GPTConfig(bias=False, vocab_size=50304)
+    if size == "baby":
+        shape = GPTConfig(6, 6, 384, 256, 65, bias=False)
+    parts = {"rotary": True, "qk_norm": True, "conv": 3, "optimizer": "muon"} if modern else {}
+    batch_size = 64 if size == "baby" else 32
+    cfg = TrainConfig(
+        **{**vars(shape), **parts}, batch_size=batch_size, micro_batch_size=batch_size
+    )
+    cfg = replace(cfg, device="cuda", dtype=dtype)
+    needed = machine.memory_needed(checkpoint.empty_model("gpt", cfg, "meta"), cfg) / 2**30
+    assert needed == pytest.approx(held, rel=0.13)
 
 
 @pytest.mark.parametrize(
