@@ -1,6 +1,6 @@
 """Train a model on a prepared data set.
 
-    python train.py                                   the quick start: one minute of training
+    python train.py                                   the quick start: a minute of training
     python train.py --dataset=mine                    the same recipe on other data
     python train.py config/shakespeare_char.py        a recipe
     python train.py config/shakespeare_char.py --batch_size=32 --minutes=10

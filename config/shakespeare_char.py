@@ -1,4 +1,5 @@
-"""The baby GPT on the characters of tiny Shakespeare, with modern parts and Muon.
+"""The baby GPT on the characters of tiny Shakespeare, with modern parts and Muon: the quick start
+on CUDA.
 
 python train.py config/shakespeare_char.py
 

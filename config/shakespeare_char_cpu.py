@@ -1,4 +1,4 @@
-"""A small GPT on the characters of tiny Shakespeare, trained for one minute: the quick start.
+"""A small GPT on the characters of tiny Shakespeare, trained for a minute: the quick start on CPUs.
 
 python train.py
 python train.py config/shakespeare_char_cpu.py --minutes=5

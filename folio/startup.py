@@ -14,14 +14,15 @@ from data import bins, hub
 from data.errors import UserError
 from folio import distributed, run_folder
 from folio.checkpoint import Checkpoint, check_model
-from folio.machine import memory_needed
+from folio.machine import find_device, memory_needed
 from folio.options import read_options
 from folio.run import Run
 from folio.run_folder import LATEST
 from model import GPTConfig
 
 ROOT = Path(__file__).parent.parent
-QUICK_START = str(ROOT / "config" / "shakespeare_char_cpu.py")
+QUICK_START = "shakespeare_char_cpu.py"  # the recipe where none is named
+QUICK_START_ON_CUDA = "shakespeare_char.py"  # in a minute the other one would overfit there
 DOWNLOAD_SECONDS = 10  # the quick start's limit for its download, before it uses another text
 
 
@@ -46,7 +47,9 @@ def read_given(cls: type, argv: list[str]) -> tuple[dict, bool]:
     quick_start = False
     if given.get("init_from", "scratch") == "scratch" and not recipes:
         quick_start = "dataset" not in given
-        recipe, _ = read_options(cls, [QUICK_START])
+        on_cuda = find_device(given.get("device", "auto")).type == "cuda"
+        name = QUICK_START_ON_CUDA if on_cuda else QUICK_START
+        recipe, _ = read_options(cls, [str(ROOT / "config" / name)])
         recipe["out_dir"] = "out/" + Path(given.get("dataset", "quickstart")).absolute().name
         given = {k: v for k, v in recipe.items() if k not in given} | given
     lengths = [name for name in given if name == "max_iters" or (name == "minutes" and given[name])]

@@ -25,7 +25,7 @@ from folio.metrics import COLUMNS, Clock
 from folio.optim import get_lr, make_optimizers
 from folio.options import build_options
 from folio.run import Run
-from folio.startup import resumed_options
+from folio.startup import read_given, resumed_options
 from model import GPT, GPTConfig
 from train import TrainConfig
 
@@ -725,7 +725,16 @@ def test_a_value_that_ends_in_py_is_no_recipe(tmp_path, data_dir, monkeypatch):
     argv += [f"--data_dir={data_dir}", "--max_iters=1", "--num_samples=0", "--eval_tokens=256"]
     assert script.main(argv) == 0
     _, meta = load("out/small/ckpt.safetensors")
-    assert meta["model_config"]["n_embd"] == 128, "not GPT-2's 768"
+    assert meta["model_config"]["n_embd"] < 768, "not GPT-2"
+
+
+def test_the_quick_start_on_a_gpu_is_another_recipe(monkeypatch):
+    assert read_given(TrainConfig, [])[0]["n_embd"] == 128 or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for argv, n_embd in (([], 384), (["--device=cpu"], 128), (["--n_embd=96"], 96)):
+        given, quick_start = read_given(TrainConfig, argv)
+        assert given["n_embd"] == n_embd and given["out_dir"] == "out/quickstart" and quick_start
 
 
 def test_only_the_quick_start_chooses_another_data_set(tmp_path, monkeypatch, capsys):
