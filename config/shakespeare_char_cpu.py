@@ -1,7 +1,7 @@
 """A small GPT on the characters of tiny Shakespeare, trained for a minute: the quick start on CPUs.
 
 python train.py
-python train.py config/shakespeare_char_cpu.py --minutes=5
+python train.py config/shakespeare_char_cpu.py --dataset=mine --minutes=5
 
 Hardware: any. On 2 CPU cores with bfloat16 instructions it reaches a loss of about 1.46.
 """
