@@ -147,9 +147,9 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
         idx, targets = get_batch(data, starts, cfg.block_size, cfg.device)  # (B, T)
         seed_dropout(cfg.seed, first)
         distributed.set_gradient_sync(run.trained, micro_step == n_micro - 1)
-        loss += run.launch(forward_backward, idx, targets, n_micro) / world_size
+        loss += run.on_device(forward_backward, idx, targets, n_micro) / world_size
     loss = distributed.sum_over_ranks(loss)
-    norm = run.launch(step, loss, progress.iter_num, get_lr(cfg, progress.iter_num))
+    norm = run.on_device(step, loss, progress.iter_num, get_lr(cfg, progress.iter_num))
     progress.iter_num += 1
     progress.n += cfg.batch_size
     progress.tokens += cfg.batch_size * cfg.block_size
@@ -158,8 +158,9 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
 
 def forward_backward(run: Run, idx: Tensor, targets: Tensor, n_micro: Number) -> Tensor:
     """Add the gradients of one of n_micro micro-batches; return its share of the loss."""
+    lesson = run.teach(idx)
     with autocast(run.cfg.device, run.cfg.dtype):
-        _, loss = run.trained(idx, targets, **run.teach(idx))
+        _, loss = run.trained(idx, targets, **lesson)
     loss = loss / n_micro
     run.scaler.scale(loss).backward()
     return loss.detach()
@@ -167,15 +168,14 @@ def forward_backward(run: Run, idx: Tensor, targets: Tensor, n_micro: Number) ->
 
 def step(run: Run, loss: Tensor, iter_num: Number, lr: Number) -> Tensor:
     """Update the weights from the gradients, and clear these; return the gradient norm."""
-    cfg = run.cfg
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.grad_clip or math.inf)
     norm = distributed.whole(norm)
     skip = run.guard.check(iter_num, loss, norm, lr)  # 1 if it must be skipped
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr / cfg.learning_rate * optimizer.defaults["lr"]  # Muon's in proportion
+            group["lr"] = lr / run.cfg.learning_rate * optimizer.defaults["lr"]  # in proportion
         optimizer.found_inf = skip  # if it is 1, step() does nothing, as in scaler.step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=run.graphs is None)

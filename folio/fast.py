@@ -14,6 +14,7 @@ stated here.
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -138,10 +139,9 @@ class TokenLoss(torch.autograd.Function):
 class CudaGraph:
     """A function whose kernels are launched all at once, instead of one by one.
 
-    The first call runs the function, so that it can allocate what it keeps. The second records the
-    kernels, and each further call repeats these alone, with new arguments of the same shapes. A
-    number becomes a tensor, since the function must not depend on its value. The first argument
-    is a tensor.
+    The first call runs the function, so that it can allocate what it keeps, such as gradients. The
+    second records the kernels, and each further call repeats these alone, with new arguments of the
+    same shapes. Numbers become tensors, so that they can change too; the first argument is one.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]):
@@ -158,12 +158,19 @@ class CudaGraph:
             else:
                 mine.fill_(arg)  # without waiting for the device
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(device), torch.cuda.graph(self._graph):
+            graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
                 self._results = self._function(*self._args)
+            self._graph = graph
             self._function = None  # with all that it holds
         self._graph.replay()
         return tuple(result.clone() for result in self._results)
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """By default torch records on a stream of the first GPU that recorded anything."""
+    return torch.cuda.Stream(device)
 
 
 def pack(model: nn.Module) -> None:

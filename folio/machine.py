@@ -24,6 +24,7 @@ from model import GPT, GPTConfig, LanguageModel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 COMPILE_PAYS = 180.0  # seconds of training from which on compiling saves more than it takes
+FLOAT32_SHARE = 1 / 15  # of the peak in half precision, on an H100 by its data sheet
 EAGER_SHARE = 0.3  # of a GPU's peak that GPT-2 (124M) reaches without compiling
 REUSED_BYTES = 2**25  # malloc reuses freed buffers below this; the largest M_MMAP_THRESHOLD
 CGROUP_LIMITS = (  # a container's memory limit, in cgroup versions 2 and 1
@@ -154,28 +155,30 @@ def auto_micro_batch_size(model: LanguageModel, cfg: Any) -> int:
 
 
 def compiles(model: LanguageModel, cfg: Any) -> bool:
-    """Whether to compile the model of a run with train.py's TrainConfig: if that is left open, if
-    training would take more than COMPILE_PAYS otherwise."""
+    """Whether to compile the model of a run with train.py's TrainConfig. "auto" does if training
+    would take more than COMPILE_PAYS without."""
     if cfg.compile != "auto":
         return cfg.compile
     if cfg.minutes:
         return 60 * cfg.minutes > COMPILE_PAYS
     flops = cfg.max_iters * cfg.batch_size * cfg.block_size * model.flops_per_token()
-    speed = EAGER_SHARE * (peak_flops(cfg.device) or PEAK_FLOPS["A100"])
+    speed = EAGER_SHARE * (peak_flops(cfg.device) or min(PEAK_FLOPS.values()))
+    if cfg.dtype == "float32":
+        speed *= FLOAT32_SHARE
     return cfg.max_iters == 0 or flops / speed / distributed.world_size() > COMPILE_PAYS
 
 
 def uses_cuda_graphs(model: LanguageModel, cfg: Any) -> bool:
     """Whether a run with train.py's TrainConfig launches its updates as CUDA graphs.
 
-    A graph keeps its activations, so they must leave room for others. It cannot hold what asks for
-    values on the host, as the loss scale and activation checkpointing do.
+    A graph keeps its activations, so the run must leave most of the GPU's memory to others. It
+    cannot hold what asks for values on the host: the loss scale and activation checkpointing.
     """
     if not cfg.device.startswith("cuda") or cfg.dtype == "float16":
         return False
     plain = distributed.world_size() == 1 and cfg.activation_checkpointing == "none"
-    available = available_memory(torch.device(cfg.device)) or 0
-    return plain and memory_needed(model, cfg) < available / 4
+    total = torch.cuda.get_device_properties(cfg.device).total_memory
+    return plain and memory_needed(model, cfg) < total / 4
 
 
 def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
@@ -242,9 +245,11 @@ def print_size(model: LanguageModel, cfg: Any) -> None:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Free bytes on a GPU, else the memory of this machine or container; None if unknown."""
+    """Bytes on a GPU that no tensor holds, else the memory of this machine or container; None if
+    unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     sizes = []
     if hasattr(os, "sysconf"):  # not on Windows
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

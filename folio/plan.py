@@ -18,7 +18,7 @@ MIN_ITERS = 100  # the smallest number of updates that --minutes chooses
 OVERRUN = 1.1  # a run that takes more than this share of its --minutes says so
 TRIALS, TRIAL_SECONDS = 10, 0.5  # a timing stops after so many trials or seconds
 BUDGET_SHARE, BUDGET_SECONDS = 0.02, 3.0  # with --minutes: after 2% of them, or 3 s
-SLOW = 5.0  # seconds of a first trial after which there is no other one, unless it compiled
+SLOW = 5.0  # seconds of a first trial on a CPU after which there is no other, unless it compiled
 SAVE_SPEED = 2**29  # bytes a second that are written to a disk
 REAL_UPDATES, REAL_SECONDS = 3, 60.0  # --plan makes so many updates, if they take less than this
 
@@ -94,7 +94,7 @@ def time_update(run: Run, update: Update) -> float:
     try:
         first = _seconds(run, lambda: trial(1))
         if run.graphs is not None:
-            trial(1)  # records them
+            record_graphs(run, lambda: trial(1))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -102,13 +102,24 @@ def time_update(run: Run, update: Update) -> float:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"an update failed ({reason}); try --compile=False") from None
-    if first > SLOW and not cfg.compile:
+    if first > SLOW and cfg.device == "cpu" and not cfg.compile:
         one, two = first, 2 * first
     else:
         one, two = (_time(run, lambda n=n: trial(n)) if n <= n_micro else 0.0 for n in (1, 2))
     run.guard.skip_all(False)
     run.scaler.load_state_dict(scaler_state)
     return one + (n_micro - 1) * max(0.0, two - one)
+
+
+def record_graphs(run: Run, trial: Callable[[], object]) -> None:
+    """Record the run's CUDA graphs; if that fails, it goes on without them."""
+    try:
+        trial()
+    except RuntimeError as error:
+        run.graphs = None
+        run.model.zero_grad(set_to_none=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"slower, as CUDA graphs cannot be used: {reason}")
 
 
 def time_real_updates(run: Run, update: Update) -> float:
@@ -126,7 +137,7 @@ def time_evaluation(run: Run) -> float:
     per_batch = distributed.world_size() * run.cfg.micro_batch_size * run.cfg.block_size
     n_batches = sum(math.ceil(n / per_batch) for _, n in run.evaluated())
     seconds = _seconds(run, lambda: run.loss(val, per_batch))
-    if seconds < SLOW or run.cfg.compile:
+    if seconds < SLOW or run.cfg.compile or run.cfg.device != "cpu":
         seconds = _time(run, lambda: run.loss(val, per_batch))
     return n_batches * seconds + run.checkpoint_bytes() / SAVE_SPEED
 

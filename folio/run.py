@@ -24,7 +24,7 @@ from folio import checkpoint, distributed, machine, run_folder
 from folio.batch import autocast, split_loss
 from folio.checkpoint import Checkpoint
 from folio.ensemble import load_teacher
-from folio.fast import CudaGraph, Number
+from folio.fast import CudaGraph
 from folio.generation import Sampling, batches, encode_prompt, generate_texts
 from folio.metrics import Clock
 from folio.optim import DivergenceGuard, make_optimizers
@@ -86,7 +86,7 @@ class Run:
     progress: Progress
     clock: Clock
     stop: StopSignals
-    graphs: dict[Callable, CudaGraph] | None = None  # of launch(); None: it uses none
+    graphs: dict[Callable, CudaGraph] | None = None  # of on_device(); None: it uses none
     teacher: LanguageModel | None = None  # of --teacher, in evaluation mode
     stopped: signal.Signals | None = None  # the signal that ends the run, as all ranks agreed
     budget: float = 0.0  # seconds of wall time, from --minutes; 0: none
@@ -143,12 +143,13 @@ class Run:
         {} without a teacher."""
         if self.teacher is None:
             return {}
-        logits, _ = self.teacher(idx)
+        with autocast(self.cfg.device, self.cfg.dtype):
+            logits, _ = self.teacher(idx)
         probs = logits.float().softmax(-1)
         return {"teacher_probs": F.pad(probs, (0, self.cfg.vocab_size - probs.shape[-1]))}
 
-    def launch(self, function: Callable[..., Tensor], *args: Number) -> Tensor:
-        """Call function(self, *args), with `graphs` as a CUDA graph."""
+    def on_device(self, function: Callable[..., Tensor], *args: Tensor | float) -> Tensor:
+        """Call function(self, *args), as a CUDA graph if the run uses them."""
         if self.graphs is None:
             return function(self, *args)
         if function not in self.graphs:
@@ -230,9 +231,10 @@ class Run:
         self.cfg = replace(self.cfg, micro_batch_size=-int(distributed.maximum(-size)))
 
     def _fits(self, micro_batch_size: int) -> bool:
-        """Whether they do, and leave ROOM for what is loaded into a GPU's memory later."""
+        """Whether forward and backward fit, and leave ROOM for what is loaded into a GPU later."""
         cfg = self.cfg
         idx = torch.zeros(micro_batch_size, cfg.block_size, dtype=torch.int64, device=cfg.device)
+        torch.cuda.empty_cache()  # of what a trial before this one left
         try:
             for _ in range(2):  # the second time there are gradients already
                 with autocast(cfg.device, cfg.dtype):
@@ -244,7 +246,6 @@ class Run:
             return False
         finally:
             self.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizers' states by name: "exp_avg.h.0.attn.c_attn.weight" and so on."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -86,6 +85,8 @@ class TracedGraph:
         self.function, self.calls, self.traced = function, 0, None
 
     def __call__(self, *args):
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         args, results = [torch.as_tensor(arg) for arg in args], []
         self.calls += 1
         if self.calls == 1:

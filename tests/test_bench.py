@@ -11,8 +11,8 @@ def test_the_gpu_benchmark_runs_dry():
     command = [sys.executable, ROOT / "tests/bench/gpu.py", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    training = [line[40:].split()[0] for line in lines if line.startswith("Folio")]
-    sampling = [line[40:].split()[0] for line in lines if line.startswith(("CUDA", "kernel"))]
+    training = [line[50:].split()[0] for line in lines if line.startswith("Folio")]
+    sampling = [line[50:].split()[0] for line in lines if line.startswith(("CUDA", "kernel"))]
     assert len(training) == len(sampling) == 2 and "failed" not in done.stdout
     assert all(float(rate.replace(",", "")) > 100 for rate in training + sampling), lines
 

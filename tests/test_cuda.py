@@ -43,17 +43,18 @@ def test_half_precision_and_compiling_come_close(train_small, dtype, compile):
 
 @pytest.mark.parametrize("compile", ["False", "True"])
 @pytest.mark.parametrize("parts", [(), MODERN, ("--teacher=cpu",)])
-def test_graphs_train_as_kernels_launched_one_by_one(train_small, monkeypatch, parts, compile):
+def test_graphs_train_as_kernels_do_alone(train_small, monkeypatch, capsys, parts, compile):
     """Also with dropout, of which the masks are the same if nothing is compiled."""
     assert train_small("--out_dir=cpu", "--max_iters=2") == 0
     dropout = "--dropout=0" if compile == "True" else "--dropout=0.1"
     words = (*parts, f"--device={DEVICE}", f"--compile={compile}", "--micro_batch_size=4", dropout)
-    replays, replay = [], torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: replays.append(g) or replay(g))
+    capsys.readouterr()
     assert train_small(*words, "--out_dir=graphs") == 0
-    assert len(replays) > 60  # two micro-batches and a step in each of 20 updates
+    out = capsys.readouterr().out
+    assert ", CUDA graphs" in out and "cannot be used" not in out
     monkeypatch.setattr(machine, "uses_cuda_graphs", lambda model, cfg: False)
     assert train_small(*words, "--out_dir=kernels") == 0
+    assert ", CUDA graphs" not in capsys.readouterr().out
     assert val_loss("graphs") == pytest.approx(val_loss("kernels"), abs=1e-4)
 
 
@@ -101,8 +102,16 @@ def test_a_batch_that_does_not_fit(train_small, one_gib, capsys, monkeypatch, es
     assert train_small(*words) == 0
     assert state("run")[1]["run_config"]["micro_batch_size"] < 4096
     assert train_small(*words, "--micro_batch_size=4096") == 2
-    message = "training needs about" if estimated else "out of memory; use a smaller"
+    message = "training needs about" if estimated else "out of memory: use --micro_batch_size"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_process_samples_on_two_gpus():
+    model, idx = lively(SHAPES["rotary"]), torch.randint(65, (3, 10))
+    expected = generated(model, idx, 60)
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        assert torch.equal(generated(model.to(device), idx.to(device), 60).cpu(), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

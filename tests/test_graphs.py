@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,12 +52,13 @@ def test_a_run_ends_in_the_same_bits(train_small, monkeypatch, parts, micro_batc
 
 def test_a_divergence_is_where_it_is_without_graphs(train_small, monkeypatch, capsys):
     words = ("--learning_rate=1e20", "--grad_clip=0", "--warmup_iters=3", "--schedule=constant")
+    words += ("--dropout=0",)
     assert train_small(*words) == 3
     expected = capsys.readouterr().err
     assert "training diverged at iteration" in expected
     monkeypatch.setattr(machine, "uses_cuda_graphs", lambda model, cfg: True)
     monkeypatch.setattr(folio.run, "CudaGraph", TracedGraph)
-    assert train_small(*words, "--dropout=0") == 3
+    assert train_small(*words) == 3
     assert capsys.readouterr().err == expected
 
 
@@ -85,10 +87,44 @@ def test_only_long_runs_are_compiled(monkeypatch, argv, compiles):
     assert machine.compiles(*on_a_gpu(*argv)) is compiles
 
 
+def test_float32_and_an_unknown_gpu_are_slower(monkeypatch):
+    recipe = RECIPES / "shakespeare_char_gpt2.py"
+    monkeypatch.setattr(machine, "peak_flops", lambda device: 989e12)
+    assert machine.compiles(*on_a_gpu(recipe, "--dtype=float32"))
+    monkeypatch.setattr(machine, "peak_flops", lambda device: None)
+    assert machine.compiles(*on_a_gpu(recipe))
+
+
+def test_a_run_goes_on_without_graphs_that_cannot_be_recorded(train_small, monkeypatch, capsys):
+    class Broken(NotReplayed):
+        calls = 0
+
+        def __call__(self, *args):
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("operation not permitted\nwhen stream is capturing")
+            return super().__call__(*args)
+
+    words = ("--dropout=0", *MODERN)
+    assert train_small(*words, "--out_dir=plain") == 0
+    monkeypatch.setattr(machine, "uses_cuda_graphs", lambda model, cfg: True)
+    monkeypatch.setattr(folio.run, "CudaGraph", Broken)
+    assert train_small(*words, "--out_dir=broken") == 0
+    out = capsys.readouterr().out
+    assert "as CUDA graphs cannot be used: operation not permitted\n" in out
+    (plain, _), (broken, _) = load("plain/ckpt.safetensors"), load("broken/ckpt.safetensors")
+    assert all(torch.equal(plain[name], broken[name]) for name in plain if name != "sha256")
+
+
 def test_graphs_are_used_where_nothing_prevents_them(monkeypatch):
-    for available, uses in ((2**34, True), (2**31, False), (None, False), (2**34, True)):
-        monkeypatch.setattr(machine, "available_memory", lambda device, n=available: n)
-        assert machine.uses_cuda_graphs(*on_a_gpu()) is uses
+    def has_memory(n_bytes):
+        properties = SimpleNamespace(total_memory=n_bytes)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    has_memory(2**31)
+    assert not machine.uses_cuda_graphs(*on_a_gpu())
+    has_memory(2**34)
+    assert machine.uses_cuda_graphs(*on_a_gpu())
     for argv in ("--device=cpu", "--dtype=float16", "--activation_checkpointing=half"):
         model, cfg = on_a_gpu()
         name, _, value = argv.removeprefix("--").partition("=")

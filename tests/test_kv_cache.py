@@ -130,12 +130,12 @@ def test_with_rotary_positions_every_layer_attends_to_the_last_block(config, len
 def test_a_cuda_graph_gives_the_same_tokens(config, n, monkeypatch):
     """Also past block_size, where learned positions start again."""
     model, idx = lively(config), torch.randint(65, (3, 10))
-    expected = generated(model, idx, n, top_k=20, top_p=0.9)
+    models = [model, Bigram(config), Ensemble([lively(config), lively(config)]).eval()]
+    expected = [generated(model, idx, n, top_k=20, top_p=0.9) for model in models]
     monkeypatch.setattr(folio.generation, "CudaGraph", TracedGraph)
     monkeypatch.setattr(folio.generation, "GRAPH_DEVICES", ("cpu",))
-    assert torch.equal(generated(model, idx, n, top_k=20, top_p=0.9), expected)
-    for part in (Bigram(config), Ensemble([model, lively(config)])):
-        assert generated(part, idx, n).shape == (3, n)
+    for model, ids in zip(models, expected, strict=True):
+        assert torch.equal(generated(model, idx, n, top_k=20, top_p=0.9), ids)
 
 
 def test_a_text_does_not_depend_on_those_beside_it():
