@@ -117,7 +117,6 @@ def record_graphs(run: Run, trial: Callable[[], object]) -> None:
         trial()
     except RuntimeError as error:
         run.graphs = None
-        run.model.zero_grad(set_to_none=True)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"slower, as CUDA graphs cannot be used: {reason}")
 

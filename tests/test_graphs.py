@@ -101,7 +101,7 @@ def test_a_run_goes_on_without_graphs_that_cannot_be_recorded(train_small, monke
 
         def __call__(self, *args):
             self.calls += 1
-            if self.calls == 2:
+            if self.calls == 2 and args[0].dim() == 0:  # step(), after forward_backward()
                 raise RuntimeError("operation not permitted\nwhen stream is capturing")
             return super().__call__(*args)
 
