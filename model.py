@@ -76,7 +76,7 @@ class Cache(Protocol):
 
     positions() are those of T new tokens; update() stores their keys and values and returns those
     to attend to, and a mask or None; prepend() puts before x the last n tokens' x of the module.
-    After forward(), generate() moves it on by T tokens.
+    After each forward(), generate() advances it by T tokens.
     """
 
     def positions(self, T: int, device: torch.device) -> Tensor: ...

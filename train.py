@@ -157,7 +157,7 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def forward_backward(run: Run, idx: Tensor, targets: Tensor, n_micro: Number) -> Tensor:
-    """Add the gradients of one of n_micro micro-batches; return its share of the loss."""
+    """Accumulate the gradients of one of n_micro micro-batches; return its share of the loss."""
     lesson = run.teach(idx)
     with autocast(run.cfg.device, run.cfg.dtype):
         _, loss = run.trained(idx, targets, **lesson)
@@ -256,7 +256,7 @@ def evaluate_and_save(run: Run, log: metrics.Log) -> None:
 
 
 def show_progress(run: Run, log: metrics.Log) -> None:
-    """Continue the prompt for samples.txt, and draw loss.png, if they took little time so far.
+    """Continue the prompt for samples.txt, and draw loss.png, unless they have taken too much time.
 
     The last evaluation always has a sample; the picture at the end is drawn by run_to_end().
     """

@@ -1,5 +1,6 @@
-"""The baby GPT on the characters of tiny Shakespeare, with modern parts and Muon: the quick start
-on CUDA.
+"""The baby GPT on the characters of tiny Shakespeare, with modern parts and Muon.
+
+On CUDA this recipe is the quick start.
 
 python train.py config/shakespeare_char.py
 

@@ -169,7 +169,7 @@ class CudaGraph:
 
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """By default torch records on a stream of the first GPU that recorded anything."""
+    """The stream on which to capture on this GPU; torch's default one belongs to the first GPU."""
     return torch.cuda.Stream(device)
 
 

@@ -26,7 +26,7 @@ from folio.machine import available_memory, fast_dtype
 from model import GPT, Bigram, GPTConfig, LanguageModel
 
 BFLOAT16_WIDTH = 256  # smallest n_embd for which bfloat16 is faster on a CPU with small batches
-GRAPH_DEVICES = ("cuda",)  # which replay a CUDA graph for each token
+GRAPH_DEVICES = ("cuda",)  # devices on which each token replays a CUDA graph
 CHUNK_TOKENS = 32  # tokens that are generated per sample before they are decoded
 
 
@@ -56,7 +56,7 @@ class KVCache:
         self.B, self.size, self.length, self.static = B, size, 0, static
         self.keys, self.values = ([None] * config.n_layer for _ in range(2))
         self.last = {}  # module -> its last inputs
-        # if static: the length (1,), the next token's slot (1,), and what is added to scores (1, S)
+        # if static: the length (1,), the next token's slot (1,), and the attention mask (1, S)
         self.start = self.slot = self.mask = None
 
     def move_to(self, length: int) -> None:

@@ -24,7 +24,7 @@ from model import GPT, GPTConfig, LanguageModel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 COMPILE_PAYS = 180.0  # seconds of training from which on compiling saves more than it takes
-FLOAT32_SHARE = 1 / 15  # of the peak in half precision, on an H100 by its data sheet
+FLOAT32_SHARE = 1 / 15  # float32 over half-precision peak FLOP/s, from the H100's data sheet
 EAGER_SHARE = 0.3  # of a GPU's peak that GPT-2 (124M) reaches without compiling
 REUSED_BYTES = 2**25  # malloc reuses freed buffers below this; the largest M_MMAP_THRESHOLD
 CGROUP_LIMITS = (  # a container's memory limit, in cgroup versions 2 and 1
@@ -87,8 +87,8 @@ def fast_dtype(device: torch.device) -> str:
 def resolve_machine(device: str, dtype: str, compile: bool | str) -> tuple[str, str, bool | str]:
     """Replace each "auto" with the fastest choice; raises UserError for an impossible one.
 
-    Compiling needs Triton, which Windows and old GPUs lack. Where it is possible, its "auto" stays:
-    compiles() decides.
+    Compiling needs Triton, which Windows and old GPUs lack. Where Triton works, compile="auto" is
+    left for compiles() to decide.
     """
     found = find_device(device)
     if dtype == "auto":
@@ -278,7 +278,7 @@ def check_memory(model: LanguageModel, cfg: Any) -> None:
 
 
 def less_memory(cfg: Any) -> Iterator[Any]:
-    """Variants of the options that give the same training in less and less memory."""
+    """Options that train the same with less memory, in decreasing order of memory."""
     share, size = cfg.batch_size // distributed.world_size(), cfg.micro_batch_size
     for n in range(size // 2, 0, -1):
         if share % n == 0:

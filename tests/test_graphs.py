@@ -17,7 +17,7 @@ RECIPES = ROOT / "config"
 
 
 class NotReplayed:
-    """Tensors instead of numbers, as a graph has them, and nothing else."""
+    """Converts numbers to tensors, as CudaGraph does, but runs the function every time."""
 
     def __init__(self, function):
         self.function = function
