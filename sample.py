@@ -62,7 +62,7 @@ class SampleConfig(Sampling):
     checkpoint: PathStr = ""  # file, folder or Hub id; a,b: their mean; empty: the newest run
     cache_dir: PathStr = ""  # folder for models of the Hub; empty: Hugging Face's default cache
     device: str = "auto"  # cuda, mps, cpu; auto: the first that exists
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is faster
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: 16 bits where that is faster
 
 
 NANOGPT = {"start": "use prompt", "out_dir": "use checkpoint"}  # its names, with advice
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     name = options.checkpoint or str(run_folder.newest_run(Path("out")))
     model, tok, ckpt = load_models(name, options.cache_dir)
     model.to(device)
-    prepare_for_sampling(model, options.dtype)
+    prepare_for_sampling(model, options.dtype, single=options.num_samples == 1)
     ids = encode_prompt(tok, prompt, options.seed)
 
     iter_num, val_loss = (ckpt.meta["progress"].get(key) for key in ("iter_num", "val_loss"))

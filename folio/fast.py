@@ -3,7 +3,7 @@
     Dropout(p)                      nn.Dropout(p)
     causal_attention(q, k, v)       F.scaled_dot_product_attention(q, k, v, is_causal=True)
     token_loss(x, weight, targets)  F.cross_entropy(F.linear(x, weight), targets)
-    pack(model)                     the model as it is
+    pack(model, linear)             the model as it is
     CudaGraph(function)             the function as it is
 
 Each equals the plain form up to rounding (Dropout: the same distribution), which tests/ checks.
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Number = float | Tensor  # a number, or a tensor () of it
+Linear = Callable[[Tensor], Tensor]  # (..., C_in) -> (..., C_out)
 MATMUL_ATTENTION_BLOCK = 512  # longest context for which attention runs as two matrix products
 PACKED_WEIGHTS = 2**17  # smallest float32 matrix that is faster in oneDNN's layout
 CHUNK_LOGITS = {
@@ -173,10 +174,17 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def pack(model: nn.Module) -> None:
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 and oneDNN uses them (ONEDNN_MAX_CPU_ISA)."""
+    has = torch.cpu.get_capabilities().get("avx512_bf16") and torch.backends.mkldnn.is_available()
+    return bool(has and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(model: nn.Module, linear: Callable[[Tensor, Tensor | None], Linear]) -> None:
     """Replace a model's submodules with plain functions, in place, for inference on a CPU.
 
-    With small batches, calling modules takes a quarter of a small model's time. Afterwards only the
+    With small batches, calling modules takes a quarter of a small model's time. A linear layer
+    becomes linear(weight, bias), which is packed_linear() or half_linear(). Afterwards only the
     embeddings are registered parameters.
     """
     for name, child in list(model.named_children()):
@@ -184,36 +192,57 @@ def pack(model: nn.Module) -> None:
             continue
         if isinstance(child, nn.ModuleList):
             for block in child:
-                pack(block)
+                pack(block, linear)
             function = [block.forward for block in child]
         elif isinstance(child, nn.Linear):
-            function = packed_linear(child.weight.detach(), child.bias)
+            function = linear(child.weight.detach(), child.bias)
         elif isinstance(child, nn.LayerNorm):
             function = packed_norm(child)
         else:
-            pack(child)
+            pack(child, linear)
             function = child.forward
         delattr(model, name)
         setattr(model, name, function)
 
 
-def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def packed_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """F.linear with its weight in the layout that is fastest for small batches on a CPU.
 
     oneDNN's layout keeps both cores reading, where F.linear may compute one row on a single core.
     But a call of it takes 10 microseconds, which small matrices do not repay in float32.
     """
-    found = torch.cpu.get_capabilities()
     if weight.dtype == torch.bfloat16:
-        packs = found.get("avx512_bf16")
+        packs = cpu_has_bfloat16()
     else:
-        packs = found.get("avx2") and weight.numel() >= PACKED_WEIGHTS
-    if packs and torch.backends.mkldnn.is_available():
+        packs = torch.cpu.get_capabilities().get("avx2") and torch.backends.mkldnn.is_available()
+        packs = packs and weight.numel() >= PACKED_WEIGHTS
+    if packs:
         # private operators, because one sample of GPT-2 is generated twice as fast
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
     transposed = weight.t().contiguous()
     return lambda x: x @ transposed if bias is None else (x @ transposed).add_(bias)
+
+
+def half_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """F.linear with its weight (C_out, C_in) in float16, for a single token at a time on a CPU.
+
+    One token waits for the weights to be read, so half the bytes take about half the time. The
+    products are added up in float32. The tokens of a prompt, and values that float16 cannot hold,
+    are computed in float32, with the same weights.
+    """
+    half = weight.half()
+    if not half.isfinite().all():
+        return packed_linear(weight, bias)
+
+    def linear(x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() == 1:
+            y = F.linear(x.half(), half).float()
+            if math.isfinite(y.sum()):
+                return y if bias is None else y.add_(bias)
+        return F.linear(x, half.float(), bias)
+
+    return linear
 
 
 def packed_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:

@@ -21,11 +21,11 @@ from torch import Tensor
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from folio.ensemble import Ensemble
-from folio.fast import CudaGraph, pack
+from folio.fast import CudaGraph, half_linear, pack, packed_linear
 from folio.machine import available_memory, fast_dtype
 from model import GPT, Bigram, GPTConfig, LanguageModel
 
-BFLOAT16_WIDTH = 256  # smallest n_embd for which bfloat16 is faster on a CPU with small batches
+HALF_WIDTH = 256  # smallest n_embd for which 16 bits are faster on a CPU with small batches
 GRAPH_DEVICES = ("cuda",)  # devices on which each token replays a CUDA graph
 CHUNK_TOKENS = 32  # tokens that are generated per sample before they are decoded
 
@@ -225,28 +225,33 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     return ids.where(ids < probs.shape[-1], probs.argmax(-1))  # if u was rounded up to 1
 
 
-def prepare_for_sampling(model: LanguageModel, dtype: str = "auto") -> None:
+def prepare_for_sampling(model: LanguageModel, dtype: str = "auto", single: bool = False) -> None:
     """Convert a model, in place, to the dtype and the layout in which it generates fastest.
 
-    "auto" is bfloat16 where that is faster, float32 elsewhere.
+    "auto" is bfloat16 where that is faster, float32 elsewhere. On a CPU without bfloat16, a wide
+    model that generates a `single` text at a time has float16 weights and float32 activations.
     """
     if isinstance(model, Ensemble):
         for part in model.models:
-            prepare_for_sampling(part, dtype)
+            prepare_for_sampling(part, dtype, single)
         return
     device = next(model.parameters()).device
+    is_gpt, on_cpu = isinstance(model, GPT), device.type == "cpu"
     if dtype == "auto":
-        wide = device.type != "cpu" or model.config.n_embd >= BFLOAT16_WIDTH
-        faster = isinstance(model, GPT) and wide and fast_dtype(device) == "bfloat16"
-        dtype = "bfloat16" if faster else "float32"
-    if dtype == "bfloat16" and isinstance(model, GPT):
+        dtype = "float32"
+        if is_gpt and not (on_cpu and model.config.n_embd < HALF_WIDTH):
+            if fast_dtype(device) == "bfloat16":
+                dtype = "bfloat16"
+            elif on_cpu and single and torch.cpu.get_capabilities().get("avx2"):
+                dtype = "float16"
+    if dtype != "float32" and is_gpt:
         # Subtracting the mean shifts all logits alike, which changes no probability. They are near
-        # 0 then, where bfloat16 is precise enough; GPT-2's are near -100.
+        # 0 then, where 16 bits are precise enough; GPT-2's are near -100.
         head = model.lm_head.weight.detach()
         model.lm_head.weight = nn.Parameter(head - head.mean(0))
-    model.to(getattr(torch, dtype))
-    if device.type == "cpu":
-        pack(model)
+    model.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    if on_cpu:
+        pack(model, half_linear if dtype == "float16" else packed_linear)
 
 
 # ---- prompts and texts --------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 
 from data.errors import UserError
 from folio import __version__, distributed
-from folio.fast import MATMUL_ATTENTION_BLOCK
+from folio.fast import MATMUL_ATTENTION_BLOCK, cpu_has_bfloat16
 from model import GPT, GPTConfig, LanguageModel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -80,8 +80,7 @@ def fast_dtype(device: torch.device) -> str:
         if capability < (7, 0):  # no tensor cores
             return "float32"
         return "bfloat16" if capability >= (8, 0) else "float16"
-    is_fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return "bfloat16" if is_fast else "float32"
+    return "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else "float32"
 
 
 def resolve_machine(device: str, dtype: str, compile: bool | str) -> tuple[str, str, bool | str]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import folio.generation
 import model as model_py
 from folio.ensemble import Ensemble
+from folio.fast import half_linear, packed_linear
 from folio.generation import KVCache, generate, prepare_for_sampling, sample_token
 from model import GPT, Bigram
 
@@ -208,33 +209,74 @@ def test_the_fast_layout_gives_the_same_logits(config, dtype, within):
     assert all(isinstance(m, torch.nn.Embedding) for m in called), "functions instead of modules"
 
 
-def test_wide_models_are_sampled_in_bfloat16_where_the_cpu_has_it(monkeypatch):
-    for n_embd, capable, dtype in (
-        (256, True, torch.bfloat16),
-        (128, True, torch.float32),
-        (256, False, torch.float32),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capable: {"avx512_bf16": c})
-        model = GPT(replace(SMALL, n_layer=1, n_embd=n_embd))
-        prepare_for_sampling(model)
-        assert model.wte.weight.dtype == dtype
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+@pytest.mark.parametrize("config", [SMALL, MODERN, replace(SMALL, n_layer=1, n_embd=256)])
+def test_float16_weights_give_the_same_logits(config):
+    model, idx = lively(config).float(), torch.randint(65, (1, SIZE))
+    with torch.inference_mode():
+        expected, _ = model(idx)
+        expected -= expected.mean(-1, keepdim=True)
+        prepare_for_sampling(model, "float16")
+        cached = torch.stack(feed(model, idx, 10)[0], dim=1)
+    assert cached.dtype == torch.float32
+    error = (cached - expected[:, 9:]).norm() / expected[:, 9:].norm()
+    assert 1e-5 < error < 2e-3
+
+
+def test_one_token_is_multiplied_in_float16():
+    """Several are slow there; so they are in float32."""
+    weight, x = torch.randn(8, 16), torch.randn(1, 3, 16)
+    linear = half_linear(weight, None)
+    assert torch.equal(linear(x[:, :1]), F.linear(x[:, :1].half(), weight.half()).float())
+    assert torch.equal(linear(x), F.linear(x, weight.half().float()))
+
+
+def test_what_float16_cannot_hold_is_computed_in_float32():
+    weight, bias, x = torch.randn(8, 16), torch.randn(8), torch.randn(1, 1, 16)
+    for scale_x, scale_weight in ((1, 1), (1e6, 1), (100, 1e4), (1, 1e6)):
+        expected = F.linear(x * scale_x, weight * scale_weight, bias)
+        y = half_linear(weight * scale_weight, bias)(x * scale_x)
+        assert (y - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "n_embd, capable, single, dtype, linear",
+    [
+        (256, {"avx2", "avx512_bf16"}, True, torch.bfloat16, packed_linear),
+        (128, {"avx2", "avx512_bf16"}, True, torch.float32, packed_linear),
+        (256, {"avx2"}, False, torch.float32, packed_linear),
+        (256, {"avx2"}, True, torch.float32, half_linear),
+        (128, {"avx2"}, True, torch.float32, packed_linear),
+        (256, {}, True, torch.float32, packed_linear),
+    ],
+)
+def test_auto_is_the_fastest_for_the_cpu(monkeypatch, n_embd, capable, single, dtype, linear):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capable, True))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    made_by = []
+    monkeypatch.setattr(folio.generation, "pack", lambda model, linear: made_by.append(linear))
+    model = GPT(replace(SMALL, n_layer=1, n_embd=n_embd))
+    prepare_for_sampling(model, single=single)
+    assert (model.wte.weight.dtype, made_by) == (dtype, [linear])
+
+
+def test_a_table_stays_in_float32():
     bigram = Bigram(replace(SMALL, n_embd=768))
-    prepare_for_sampling(bigram)
+    prepare_for_sampling(bigram, single=True)
     assert bigram.wte.weight.dtype == torch.float32
 
 
-def test_bfloat16_keeps_the_probabilities_of_logits_far_from_zero():
+@pytest.mark.parametrize("dtype, within", [("bfloat16", 0.02), ("float16", 0.002)])
+def test_16_bits_keep_the_probabilities_of_logits_far_from_zero(dtype, within):
     """GPT-2's are near -100, where bfloat16 has nothing between two halves."""
-    model, idx = lively(SMALL).float(), torch.randint(65, (3, SIZE))
+    model, idx = lively(SMALL).float(), torch.randint(65, (1, SIZE))
     with torch.inference_mode():
         model.wte.weight[:, 0] += 1
         model.ln_f.weight[0], model.ln_f.bias[0] = 0, -100
         expected, _ = model(idx)
-        prepare_for_sampling(model, "bfloat16")
-        logits, _ = model(idx)
+        prepare_for_sampling(model, dtype)
+        logits = torch.stack(feed(model, idx, 1)[0], dim=1)
     assert expected.mean() < -90
-    assert (logits.float().softmax(-1) - expected.softmax(-1)).abs().max() < 0.02
+    assert (logits.float().softmax(-1) - expected.softmax(-1)).abs().max() < within
 
 
 def test_attention_takes_sdpas_result_in_any_layout(monkeypatch):

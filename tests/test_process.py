@@ -120,6 +120,18 @@ def test_waiting_threads_spin_briefly(before, given, expected):
     assert out.stdout.strip() == str(expected)
 
 
+def test_onednn_without_bfloat16_is_no_cpu_with_it():
+    """oneDNN's operators refuse bfloat16 then, whatever the CPU can do."""
+    code = (
+        "import torch; torch.cpu.get_capabilities = lambda: {'avx512_bf16': True}\n"
+        "from folio.machine import fast_dtype; print(fast_dtype(torch.device('cpu')))"
+    )
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert out.stdout == "float32\n"
+
+
 def test_training_does_not_import_what_it_does_not_need(data_dir, tmp_path):
     """torch._dynamo alone takes most of a second."""
     argv = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", "--max_iters=2"]

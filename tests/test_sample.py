@@ -194,6 +194,19 @@ def test_a_sample_does_not_depend_on_how_many_there_are(run_dir):
     assert texts[1] == texts[0][:1] and texts[2] == texts[0][3:] and len(set(texts[0])) == 5
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_model_is_prepared_for_one_text_or_several(capsys, run_dir, monkeypatch, n):
+    prepare, seen = sample.prepare_for_sampling, []
+
+    def spy(model, dtype, single):
+        seen.append(single)
+        prepare(model, dtype, single)
+
+    monkeypatch.setattr(sample, "prepare_for_sampling", spy)
+    say(capsys, run_dir, f"--num_samples={n}", "--max_new_tokens=2")
+    assert seen == [n == 1]
+
+
 def test_greedy_is_top_k_1(capsys, run_dir):
     greedy = say(capsys, run_dir, "--temperature=0", "--max_new_tokens=50").out
     assert say(capsys, run_dir, "--top_k=1", "--max_new_tokens=50", "--seed=5").out == greedy
