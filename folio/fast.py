@@ -175,7 +175,7 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 and oneDNN uses them (ONEDNN_MAX_CPU_ISA)."""
+    """Whether the CPU has instructions for bfloat16, and ONEDNN_MAX_CPU_ISA lets oneDNN use it."""
     has = torch.cpu.get_capabilities().get("avx512_bf16") and torch.backends.mkldnn.is_available()
     return bool(has and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -228,8 +228,8 @@ def half_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """F.linear with its weight (C_out, C_in) in float16, for a single token at a time on a CPU.
 
     One token waits for the weights to be read, so half the bytes take about half the time. The
-    products are added up in float32. The tokens of a prompt, and values that float16 cannot hold,
-    are computed in float32, with the same weights.
+    products are added up in float32, and their sum is rounded to float16. Several tokens, as in a
+    prompt, and values too large for float16 are computed in float32, with the same weights.
     """
     half = weight.half()
     if not half.isfinite().all():

@@ -228,8 +228,9 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
 def prepare_for_sampling(model: LanguageModel, dtype: str = "auto", single: bool = False) -> None:
     """Convert a model, in place, to the dtype and the layout in which it generates fastest.
 
-    "auto" is bfloat16 where that is faster, float32 elsewhere. On a CPU without bfloat16, a wide
-    model that generates a `single` text at a time has float16 weights and float32 activations.
+    "auto" is bfloat16 where that is faster, float32 elsewhere. On a CPU with AVX2 and no bfloat16,
+    a wide model has float16 weights, and float32 activations, if it generates a `single` text at a
+    time.
     """
     if isinstance(model, Ensemble):
         for part in model.models:

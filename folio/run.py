@@ -238,7 +238,7 @@ class Run:
         try:
             for _ in range(2):  # the second time there are gradients already
                 with autocast(cfg.device, cfg.dtype):
-                    _, loss = self.model(idx, idx)
+                    _, loss = self.model(idx, idx, **self.teach(idx))
                 loss.backward()
             on_cuda = cfg.device.startswith("cuda")
             return not on_cuda or torch.cuda.mem_get_info(cfg.device)[0] > ROOM

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -297,8 +298,8 @@ def test_a_micro_batch_that_does_not_fit_is_halved(train_small, monkeypatch, cap
     """As on a GPU on which three sequences fit."""
     forward = GPT.forward
 
-    def limited(self, idx, *args, **kwargs):
-        if len(idx) > (6 if self.wte.weight.grad is None else 3):
+    def limited(self, idx, *args, most=None, **kwargs):
+        if len(idx) > (most or (6 if self.wte.weight.grad is None else 3)):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, idx, *args, **kwargs)
 
@@ -307,6 +308,8 @@ def test_a_micro_batch_that_does_not_fit_is_halved(train_small, monkeypatch, cap
 
     def build(cfg, *args):
         run = build_run(cfg, *args)
+        if run.teacher:  # of which two sequences fit
+            monkeypatch.setattr(run.teacher, "forward", partial(limited, run.teacher, most=2))
         run.shrink_micro_batch_size()
         shrunk.append(run.cfg.micro_batch_size)
         return run
@@ -316,6 +319,9 @@ def test_a_micro_batch_that_does_not_fit_is_halved(train_small, monkeypatch, cap
     assert train_small("--batch_size=24", "--micro_batch_size=24") == 0
     assert train_small("--batch_size=25", "--micro_batch_size=25") == 0
     assert shrunk == [3, 1]
+    argv = ("--batch_size=24", "--micro_batch_size=24", "--teacher=run", "--out_dir=taught")
+    assert train_small(*argv) == 0
+    assert shrunk == [3, 1, 1]
     assert train_small("--batch_size=24") == 0
 
 

@@ -251,7 +251,8 @@ def test_what_float16_cannot_hold_is_computed_in_float32():
 )
 def test_auto_is_the_fastest_for_the_cpu(monkeypatch, n_embd, capable, single, dtype, linear):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capable, True))
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    bfloat16 = "avx512_bf16" in capable
+    monkeypatch.setattr("folio.machine.cpu_has_bfloat16", lambda: bfloat16)
     made_by = []
     monkeypatch.setattr(folio.generation, "pack", lambda model, linear: made_by.append(linear))
     model = GPT(replace(SMALL, n_layer=1, n_embd=n_embd))
@@ -259,9 +260,10 @@ def test_auto_is_the_fastest_for_the_cpu(monkeypatch, n_embd, capable, single, d
     assert (model.wte.weight.dtype, made_by) == (dtype, [linear])
 
 
-def test_a_table_stays_in_float32():
+def test_a_table_stays_in_float32(monkeypatch):
+    monkeypatch.setattr("folio.machine.cpu_has_bfloat16", lambda: True)
     bigram = Bigram(replace(SMALL, n_embd=768))
-    prepare_for_sampling(bigram, single=True)
+    prepare_for_sampling(bigram)
     assert bigram.wte.weight.dtype == torch.float32
 
 

@@ -11,7 +11,7 @@ For shapes with random weights, which are as fast as trained ones:
 - the time of a token just before the block is full, over that of the 10th to 20th.
 
 The plain way computes in float32; the cache in float32 too, and in the dtype that sample.py uses
-for the shape if that is another.
+for several samples of the shape if that is another.
 """
 
 import copy
