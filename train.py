@@ -60,7 +60,7 @@ class TrainConfig(GPTConfig):
     seed: Annotated[int, "[0, inf)"] = 1337  # seed of the weights, the data order, and dropout
     teacher: str = ""  # models a,b to distill from: half of the loss is with their mean
 
-    # when it ends: the first condition that is met
+    # when it ends: after max_iters or minutes, the one that is set last, or earlier
     max_iters: Annotated[int, "[0, inf)"] = 5000  # number of updates; 0: no limit
     minutes: Annotated[float, "[0, 1e6]"] = 0.0  # a budget of wall time, converted to updates
     target_train_loss: Annotated[float, "[0, inf)"] = 0.0  # evaluated training loss; 0: none

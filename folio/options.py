@@ -45,9 +45,9 @@ def read_options(
 ) -> tuple[dict[str, object], list[str]]:
     """Parse `argv` into {option: value}, in the order of setting, and the recipes that it names.
 
-    Arguments without dashes set the `positional` options in turn. `hints` maps option names of
-    other trainers to advice. --help prints the script's help and exits. Raises UserError for an
-    unknown option or a value out of range.
+    Arguments without dashes are recipes, or they set the `positional` options in turn, and no
+    recipe is run. `hints` maps option names of other trainers to advice. --help prints the script's
+    help and exits. Raises UserError for an unknown option or a value out of range.
     """
     types_of = typing.get_type_hints(cls, include_extras=True)
     values, recipes, from_argv = {}, [], set()
@@ -88,7 +88,7 @@ def read_options(
                     value += (words.pop(0),)
             put(name, value, "command line")
             from_argv.add(name)
-        elif word.endswith(".py"):
+        elif word.endswith(".py") and not positional:
             for name, value in _run_recipe(word).items():
                 put(name, value, word)
             recipes.append(word)
@@ -100,8 +100,8 @@ def read_options(
                 put(unfilled.pop(0), _parse(word, types_of[name]), "command line")
         else:
             raise UserError(
-                f"command line: unexpected argument {word!r}; "
-                "options are written --name=value, and recipes end in .py"
+                f"command line: unexpected argument {word!r}; options are written --name=value"
+                + ("" if positional else ", and recipes end in .py")
             )
     return values, recipes
 

@@ -1,6 +1,7 @@
 """Promise: an option means what its dataclass says, in a recipe and on the command line."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -36,6 +37,17 @@ def recipe(tmp_path, monkeypatch):
         return name
 
     return write
+
+
+def test_a_script_with_positional_arguments_runs_no_recipe(recipe):
+    path = recipe("open('it_ran', 'w')")
+    values, recipes = read_options(Options, [path], positional=("name",))
+    assert (values, recipes) == ({"name": path}, [])
+    with pytest.raises(UserError, match="unexpected argument 'recipe.py'; .* --name=value$"):
+        read_options(Options, ["one", path], positional=("name",))
+    assert not Path("it_ran").exists()
+    read(path)
+    assert Path("it_ran").exists()
 
 
 def test_three_ways_to_write_a_value():

@@ -21,6 +21,7 @@ OFF = {  # what takes a part out
     "Muon": "--optimizer=adamw --learning_rate=4e-3",
     "rotary positions": "--rotary=False",
     "QK-norm": "--qk_norm=False",
+    "key shift": "--key_shift=False",
     "convolution": "--conv=1",
     "exact GELU": "--activation=gelu_tanh",
 }
