@@ -12,7 +12,7 @@ out_dir = "out/gpt2_modern"
 block_size = 1024
 vocab_size = 50304  # 50,257 padded to a multiple of 128, which GPUs multiply faster
 activation, bias = "gelu", False
-rotary, qk_norm, key_shift, conv = True, True, True, 3
+rotary, qk_norm, conv = True, True, 3
 
 batch_size = 512
 micro_batch_size = 16
