@@ -45,9 +45,10 @@ def read_options(
 ) -> tuple[dict[str, object], list[str]]:
     """Parse `argv` into {option: value}, in the order of setting, and the recipes that it names.
 
-    Arguments without dashes are recipes, or they set the `positional` options in turn, and no
-    recipe is run. `hints` maps option names of other trainers to advice. --help prints the script's
-    help and exits. Raises UserError for an unknown option or a value out of range.
+    Arguments without dashes are recipes, or set the `positional` options in turn. After one of
+    these, or after an option that takes several words, such as --input, a .py file is one more word
+    and is not run. `hints` maps option names of other trainers to advice. --help prints the
+    script's help and exits. Raises UserError for an unknown option or a value out of range.
     """
     types_of = typing.get_type_hints(cls, include_extras=True)
     values, recipes, from_argv = {}, [], set()
@@ -63,7 +64,7 @@ def read_options(
     def full_name(name: str) -> str:
         return ALIASES[name] if ALIASES.get(name) in types_of else name
 
-    words, unfilled = list(argv), list(positional)
+    words, unfilled, has_words = list(argv), list(positional), False
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -86,22 +87,23 @@ def read_options(
                 value = (*(values[name] if name in from_argv else ()), text)
                 while not has_value and words and not words[0].startswith("--"):
                     value += (words.pop(0),)
+                has_words = True
             put(name, value, "command line")
             from_argv.add(name)
-        elif word.endswith(".py") and not positional:
+        elif word.endswith(".py") and not has_words:
             for name, value in _run_recipe(word).items():
                 put(name, value, word)
             recipes.append(word)
         elif unfilled and not word.startswith("-"):
-            name = unfilled[0]
+            name, has_words = unfilled[0], True
             if _base(types_of[name]) == WORDS:  # takes all remaining words
                 put(name, (*values.get(name, ()), word), "command line")
             else:
                 put(unfilled.pop(0), _parse(word, types_of[name]), "command line")
         else:
             raise UserError(
-                f"command line: unexpected argument {word!r}; options are written --name=value"
-                + ("" if positional else ", and recipes end in .py")
+                f"command line: unexpected argument {word!r}; options are written --name=value, "
+                "recipes end in .py and come first"
             )
     return values, recipes
 

@@ -1,6 +1,7 @@
 """What the tests share: real text, a small data set made of it, and the scripts to call."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ SHARED = ROOT.parent / "shared"
 SHAKESPEARE = SHARED / "tinyshakespeare" / "input.txt"
 VOCABULARY = SHARED / "tiktoken"
 sys.path.insert(0, str(ROOT))
+
+# a shell's background jobs ignore Ctrl-C, and nohup's a closed terminal, and so would the scripts
+for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):
+    handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    signal.signal(getattr(signal, name), handler)
 
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors this small gain nothing from more

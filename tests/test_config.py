@@ -19,6 +19,7 @@ class Options:
     rate: Annotated[float, "(0, 1]"] = 0.5  # how fast
     # the rest
     name: str = "none"  # what it is called
+    names: tuple[str, ...] = ()  # what else
     fast: bool = False  # whether
     mode: Literal["auto", True, False] = "auto"  # how
 
@@ -39,12 +40,15 @@ def recipe(tmp_path, monkeypatch):
     return write
 
 
-def test_a_script_with_positional_arguments_runs_no_recipe(recipe):
+@pytest.mark.parametrize("before", [["one"], ["--names=one"], ["--names", "one", "--width=3"]])
+def test_a_python_file_among_names_or_files_is_not_run(recipe, before):
     path = recipe("open('it_ran', 'w')")
-    values, recipes = read_options(Options, [path], positional=("name",))
-    assert (values, recipes) == ({"name": path}, [])
-    with pytest.raises(UserError, match="unexpected argument 'recipe.py'; .* --name=value$"):
-        read_options(Options, ["one", path], positional=("name",))
+    if before == ["one"]:
+        values, _ = read_options(Options, [*before, path], positional=("name", "names"))
+        assert values == {"name": "one", "names": ("recipe.py",)}
+    else:
+        with pytest.raises(UserError, match="unexpected argument 'recipe.py'"):
+            read(*before, path)
     assert not Path("it_ran").exists()
     read(path)
     assert Path("it_ran").exists()

@@ -193,7 +193,6 @@ def test_a_lack_of_memory_ends_one_generation(own, monkeypatch):
     "names, number, code", [("gpt,bigram", "SIGINT", 130), ("bigram", "SIGTERM", 143)]
 )
 def test_any_model_is_served_until_a_signal(runs, monkeypatch, capsys, names, number, code):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.chdir(runs)
     argv = (f"--checkpoint={names}", "--prompt=The ", "--stop=ee")
     assert sample.main([*argv, "--device=cpu"]) == 0
