@@ -16,7 +16,7 @@ SHAKESPEARE = SHARED / "tinyshakespeare" / "input.txt"
 VOCABULARY = SHARED / "tiktoken"
 sys.path.insert(0, str(ROOT))
 
-# a shell's background jobs ignore Ctrl-C, and nohup's a closed terminal, and so would the scripts
+# The scripts that tests start inherit ignored signals: a background job ignores SIGINT, nohup SIGHUP.
 for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):
     handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
     signal.signal(getattr(signal, name), handler)
