@@ -16,7 +16,7 @@ SHAKESPEARE = SHARED / "tinyshakespeare" / "input.txt"
 VOCABULARY = SHARED / "tiktoken"
 sys.path.insert(0, str(ROOT))
 
-# The scripts that tests start inherit ignored signals: a background job ignores SIGINT, nohup SIGHUP.
+# Scripts inherit ignored signals: a background job ignores SIGINT, and nohup SIGHUP.
 for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):
     handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
     signal.signal(getattr(signal, name), handler)
