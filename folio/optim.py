@@ -19,8 +19,8 @@ from torch import Tensor
 from folio.fast import Number
 from model import LanguageModel
 
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # x -> a x + b x^3 + c x^5 maps 0.01..1 to 0.7..1.2
-NEWTON_SCHULZ_ITERS = 5
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a, b, c of x -> a x + b x^3 + c x^5
+NEWTON_SCHULZ_ITERS = 5  # which map 0.01..1 to about 0.7..1.2
 
 
 def get_lr(cfg: Any, iter_num: int) -> float:
@@ -92,7 +92,18 @@ class EagerOptimizer(torch.optim.Optimizer):
 
 
 class AdamW(EagerOptimizer, torch.optim.AdamW):
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    """Fused AdamW. step() does nothing if the tensor `found_inf` is 1.
+
+    torch's kernel for MPS did not look at it before pytorch/pytorch#186360, so there the host does.
+    """
+
+    found_inf: Tensor | None = None
+    _step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def step(self) -> None:
+        on_mps = self.found_inf is not None and self.found_inf.device.type == "mps"
+        if not on_mps or not self.found_inf:
+            self._step()
 
 
 class Muon(EagerOptimizer):

@@ -1,9 +1,11 @@
-"""Promise: Muon is torch.optim.Muon, many matrices at a time."""
+"""Promise: Muon is torch.optim.Muon, many matrices at a time; AdamW skips what it does."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from folio.optim import Muon, orthogonalize
+from folio.optim import AdamW, Muon, orthogonalize
 
 SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128), (32, 32)]
 
@@ -70,6 +72,19 @@ def test_a_step_that_is_not_finite_changes_nothing():
     muon.step()
     assert torch.equal(p, weight)
     assert torch.equal(muon.state[p]["momentum_buffer"], momentum)
+
+
+def test_adamw_skips_a_step_on_mps_too():
+    """Where torch's kernel may not look at found_inf."""
+    p = torch.nn.Parameter(torch.ones(4))
+    adamw, p.grad = AdamW([p], lr=0.1, fused=True), torch.ones(4)
+    adamw.found_inf = SimpleNamespace(device=torch.device("mps"))  # as true as a tensor of 1
+    adamw.step()
+    assert torch.equal(p, torch.ones(4))
+    for found_inf in (torch.tensor(1.0), torch.tensor(0.0)):
+        adamw.found_inf = found_inf
+        adamw.step()
+        assert torch.equal(p, torch.ones(4)) == bool(found_inf)
 
 
 def test_zeros_stay_zeros():
