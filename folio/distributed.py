@@ -6,7 +6,7 @@
 Each process, a "rank", computes its share of every batch. DDP keeps the whole model on each rank
 and averages the gradients; FSDP2 also shards weights, gradients and optimizer states among them.
 Rank 0 alone reads the options and the checkpoint, logs and saves. Without torchrun there is one
-process, and the functions here do nothing.
+process, which shares nothing.
 
 All ranks must take part in a collective operation, or the others wait for the missing one until a
 time-out. So what may fail on one rank alone is done in together(), after which all ranks go on or
@@ -258,4 +258,6 @@ def load(params: dict[str, Tensor], source: dict[str, Tensor]) -> None:
         if is_main():
             p.copy_(source[name])
         if world_size() > 1:
-            dist.broadcast(p.detach(), src=0)
+            full = p.detach().contiguous()  # NCCL takes no other; Muon's momenta are views
+            dist.broadcast(full, src=0)
+            p.copy_(full)

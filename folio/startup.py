@@ -55,19 +55,20 @@ def read_given(cls: type, argv: list[str]) -> tuple[dict, bool]:
     lengths = [name for name in given if name == "max_iters" or (name == "minutes" and given[name])]
     for name in lengths[:-1]:  # they override each other; the last one wins
         del given[name]
-    return (_restarted(given) if distributed.is_restart() else given), quick_start
+    if distributed.is_restart() and (saved := _restarted(given, given.get("out_dir", cls.out_dir))):
+        return saved, False
+    return given, quick_start
 
 
-def _restarted(given: dict) -> dict:
-    """The options after torchrun has restarted a run: those of a resume, if it saved before."""
-    folder = Path(given.get("out_dir", ""))
+def _restarted(given: dict, out_dir: str) -> dict:
+    """The options after torchrun has restarted a run: those of a resume; {} if it did not save."""
+    folder = Path(out_dir)
     if given.get("init_from") == "resume":
         folder = find_resumed(given.get("out_dir", ""), given.get("checkpoint", ""))
     record = run_folder.read_record(folder)
     if record.get("launch") != distributed.launch_id() or not (folder / LATEST).exists():
-        return given
-    changed = {"init_from": "resume", "out_dir": str(folder), "checkpoint": "", "minutes": 0.0}
-    return {**given, **changed, "max_iters": record["options"]["max_iters"]}
+        return {}
+    return {**record["options"], "init_from": "resume", "out_dir": str(folder), "checkpoint": ""}
 
 
 def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:
@@ -266,7 +267,7 @@ def resumed_options(given: dict, ckpt: Checkpoint, known: set[str]) -> dict:
     if "micro_batch_size" not in saved:
         path = ckpt.path
         raise UserError(f"{path} was not trained by Folio; to start from it: --init_from={path}")
-    saved = {name: value for name, value in saved.items() if name in known}
+    saved, given = {n: v for n, v in saved.items() if n in known}, _as_saved(given, saved)
     for name in (*_model_options(ckpt), "seed", "optimizer"):
         if name != "dropout" and given.get(name, saved[name]) != saved[name]:
             raise _made_with(ckpt, name, given[name], saved[name])
@@ -288,6 +289,7 @@ def finetuned_options(given: dict, ckpt: Checkpoint) -> dict:
     UserError for other changes of the model.
     """
     saved = _model_options(ckpt)
+    given = _as_saved(given, saved)
     for name in saved:
         if name == "dropout" or given.get(name, saved[name]) == saved[name]:
             continue
@@ -307,6 +309,12 @@ def finetuned_options(given: dict, ckpt: Checkpoint) -> dict:
 def _model_options(ckpt: Checkpoint) -> dict:
     defaults = {f.name: f.default for f in fields(GPTConfig)}
     return {"model": ckpt.meta["model"], **defaults, **ckpt.meta["model_config"]}
+
+
+def _as_saved(given: dict, saved: dict) -> dict:
+    """`given`, with n_kv_head as GPTConfig has it: 0 if it is n_head."""
+    same = given.get("n_kv_head") == given.get("n_head", saved["n_head"])
+    return {**given, "n_kv_head": 0} if same else given
 
 
 def _made_with(ckpt: Checkpoint, name: str, given: object, saved: object) -> UserError:

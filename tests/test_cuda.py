@@ -133,6 +133,9 @@ def test_two_gpus_train_as_one(data_dir, tmp_path, monkeypatch, dtype):
         assert val_loss(name) == pytest.approx(
             val_loss(one), abs=2e-3 if dtype == "float32" else 0.05
         )
+    resume = ["--init_from=resume", "--out_dir=muon", "--max_iters=25"]
+    again = Processes(2, resume, torchrun=("--standalone",))
+    assert again.wait(600) == 0, again.err
 
 
 def test_the_loss_is_cross_entropy():

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from conftest import MODERN, ROOT, SMALL, load, write_bins
 
 import train
 from data import bins
-from folio import checkpoint, distributed, machine
+from folio import checkpoint, distributed, machine, startup
 from folio.metrics import read_metrics
 from model import GPT, GPTConfig
 
@@ -182,6 +183,32 @@ def test_a_restart_goes_on_to_the_same_bits(data_dir, tmp_path, monkeypatch):
     assert run.out.count("resume:  run/ckpt.safetensors") == 1
     one, other = (load(f"{name}/ckpt.safetensors")[0] for name in ("undisturbed", "run"))
     assert all(torch.equal(one[name], other[name]) for name in one if name != "sha256")
+
+
+def test_a_restart_finds_the_run_wherever_it_is(train_small, monkeypatch):
+    """In the default folder, with what the first start chose."""
+    assert train_small("--out_dir=out/run", "--max_iters=2", "--num_samples=0") == 0
+    monkeypatch.setattr(distributed, "is_restart", lambda: True)
+    argv = ["--init_from=gpt2", "--dataset=other", "--minutes=5"]
+    given, quick_start = startup.read_given(train.TrainConfig, argv)
+    assert (given["init_from"], given["out_dir"]) == ("resume", "out/run") and not quick_start
+    assert (given["dataset"], given["max_iters"], given["minutes"]) == ("small", 2, 0)
+    given, _ = startup.read_given(train.TrainConfig, [*argv, "--out_dir=out/new"])
+    assert given["init_from"] == "gpt2", "nothing was saved there"
+
+
+def test_what_is_broadcast_is_contiguous(monkeypatch):
+    """As NCCL demands; the momentum of a tall matrix is a view that is not."""
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed.dist, "broadcast", broadcast := Mock())
+        broadcast.side_effect = lambda tensor, src: tensor.copy_(torch.arange(8.0).view(4, 2))
+        momentum = torch.zeros(2, 4).t()
+        source = {"momentum": torch.ones(4, 2)} if rank == 0 else {}
+        distributed.load({"momentum": momentum}, source)
+        assert broadcast.call_args.args[0].is_contiguous()
+        assert torch.equal(momentum, torch.arange(8.0).view(4, 2))
 
 
 @pytest.mark.parametrize("more", [(), pytest.param(("--fsdp",), marks=pytest.mark.soak)])
