@@ -35,7 +35,7 @@ class GPTConfig:
     n_head: Annotated[int, "[1, 1000]"] = 12  # attention heads per block
     n_embd: Annotated[int, "[1, 1e5]"] = 768  # width of the residual stream
     block_size: Annotated[int, "[1, 1e7]"] = 1024  # longest context, in tokens
-    vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # train.py uses the data set's
+    vocab_size: Annotated[int, "[1, 1e8]"] = 50257  # train.py's default is the data set's
     dropout: Annotated[float, "[0, 1)"] = 0.0  # dropout of the embeddings and sublayer outputs
     bias: bool = True  # biases in linear layers and LayerNorms
 

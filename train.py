@@ -117,8 +117,8 @@ class TrainConfig(GPTConfig):
         ends = (self.target_train_loss, self.target_val_loss, self.patience)
         if self.max_iters == 0 and not self.minutes and not any(ends):
             raise ValueError(
-                "max_iters=0 never ends: also set minutes, target_train_loss, target_val_loss or "
-                "patience"
+                "max_iters=0 never ends: set minutes instead, or also target_train_loss, "
+                "target_val_loss or patience"
             )
         unknown_end = self.max_iters == 0 and not self.minutes and self.lr_decay_iters == 0
         if unknown_end and self.schedule != "constant":
@@ -211,7 +211,7 @@ def training_loop(run: Run, log: metrics.Log) -> str:
                 add_samples(run, log)
             clock.start()
     clock.stop()
-    if progress.eval_iter != progress.iter_num or progress.val_loss is None:
+    if progress.eval_iter != progress.iter_num or progress.best_val_loss is None:
         evaluate_and_save(run, log)
     if not run.is_due(cfg.sample_interval):
         add_samples(run, log)
@@ -370,8 +370,10 @@ def launch(argv: list[str], run: Run, resumed_from: Path | None) -> int:
                 run.check_disk()
             if cfg.plan:
                 return 0
-            new_folder = distributed.on_main(run_folder.new_folder(out_dir))
-            with nullcontext() if resumed_from else new_folder:
+            folder = nullcontext()  # main() has locked a resumed run's
+            if not resumed_from:
+                folder = distributed.on_main(run_folder.new_folder(out_dir))
+            with folder:
                 if resumed_from:
                     run.progress = distributed.from_main(lambda: run.continue_folder(resumed_from))
                 with distributed.together():

@@ -31,7 +31,8 @@ def autocast(device: str, dtype: str) -> torch.autocast:
 def seed_dropout(seed: int, first: int) -> None:
     """Seed torch's global generator by the number of a micro-batch's first window.
 
-    So no generator's state is saved, and dropout does not depend on which process computes it.
+    So no generator's state is saved, and dropout does not depend on which process computes it, but
+    on micro_batch_size.
     """
     sequence = np.random.SeedSequence((seed, first))
     torch.manual_seed(int(sequence.generate_state(1)[0]))

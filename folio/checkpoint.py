@@ -44,6 +44,7 @@ META = {  # the JSON in the header, besides "format"
     "run_config": dict,  # the other options of train.py, with every "auto" resolved
     "tokenizer": dict,  # what tokenizer.load() takes
     "dataset": str,  # the fingerprint of its tokens
+    "teacher": str,  # that of --teacher's weights; empty: none, or an earlier version of Folio
     "progress": dict,  # folio/run.py's Progress: iteration, windows read, losses, seconds
     "scaler": dict,  # the state of float16's gradient scaler
     "threads": int,  # of torch on the CPU
@@ -87,7 +88,7 @@ def save(
     """
     tensors = in_file_order(tensors)
     header = _header(tensors, {"format": FORMAT, **meta})
-    blocks = itertools.chain([header], map(_bytes_of, values or tensors.values()))
+    blocks = itertools.chain([header], map(bytes_of, values or tensors.values()))
     write_file(path, _append_digest(blocks), path.with_name(TEMPORARY))
 
 
@@ -170,7 +171,8 @@ def _header(tensors: dict[str, Tensor], meta: dict) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The data of a tensor, copied only if it is on a device or not contiguous."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy())
 
@@ -201,6 +203,7 @@ def load(path: Path) -> Checkpoint:
         meta = json.loads(header.pop("__metadata__")["folio"])
         if meta["format"] != FORMAT:
             raise ValueError(f"its format is {meta['format']!r:.20}, not {FORMAT}")
+        meta.setdefault("teacher", "")
         for key, kind in META.items():
             if type(meta[key]) is not kind:
                 raise ValueError(f"{key!r} in its header is not a {kind.__name__}")

@@ -5,6 +5,7 @@
 Its models need the same tokenizer, and nothing else in common.
 """
 
+import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def load_models(names: str, cache_dir: str = "") -> tuple[LanguageModel, Tokeniz
     commas separate, the first one's. Raises UserError if a checkpoint cannot be used, or if two
     have different tokenizers.
     """
-    each = [names] if Path(names).exists() else list(map(expand_path, names.split(",")))
+    each = split_names(names)
     ckpts = [run_folder.open_checkpoint(name, cache_dir) for name in each]
     for name, ckpt in zip(each, ckpts, strict=True):
         if ckpt.meta["tokenizer"] != ckpts[0].meta["tokenizer"]:
@@ -71,6 +72,11 @@ def load_models(names: str, cache_dir: str = "") -> tuple[LanguageModel, Tokeniz
     toks = [checkpoint.load_tokenizer(ckpt) for ckpt in ckpts]
     models = [checkpoint.build_model(ckpt) for ckpt in ckpts]
     return models[0] if len(models) == 1 else Ensemble(models).eval(), toks[0], ckpts[0]
+
+
+def split_names(names: str) -> list[str]:
+    """The names of several models, which commas separate; one, if there is such a file."""
+    return [names] if Path(names).exists() else list(map(expand_path, names.split(",")))
 
 
 def load_teacher(names: str, cache_dir: str, tok: Tokenizer, block_size: int) -> LanguageModel:
@@ -83,3 +89,11 @@ def load_teacher(names: str, cache_dir: str, tok: Tokenizer, block_size: int) ->
         n = model.config.block_size
         raise UserError(f"--teacher={names} has block_size={n}, which is less than {block_size}")
     return model
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """Identifies a model on the CPU by its weights."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(checkpoint.bytes_of(p))
+    return digest.hexdigest()[:16]

@@ -25,10 +25,7 @@ Number = float | Tensor  # a number, or a tensor () of it
 Linear = Callable[[Tensor], Tensor]  # (..., C_in) -> (..., C_out)
 MATMUL_ATTENTION_BLOCK = 512  # longest context for which attention runs as two matrix products
 PACKED_WEIGHTS = 2**17  # smallest float32 matrix that is faster in oneDNN's layout
-CHUNK_LOGITS = {
-    "cpu": 2**22,
-    "gpu": 2**26,
-}  # float32 logits at a time: enough to saturate the device
+CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**26}  # float32 logits at a time, to saturate the device
 GRAD_SCALE = 2**10  # keeps a mean gradient in float16 far from overflow and from underflow
 
 

@@ -277,7 +277,8 @@ def check_memory(model: LanguageModel, cfg: Any) -> None:
 
 
 def less_memory(cfg: Any) -> Iterator[Any]:
-    """Options that train the same with less memory, in decreasing order of memory."""
+    """Options that train the same, but for the masks of dropout, with less memory, in decreasing
+    order of memory."""
     share, size = cfg.batch_size // distributed.world_size(), cfg.micro_batch_size
     for n in range(size // 2, 0, -1):
         if share % n == 0:

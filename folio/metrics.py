@@ -3,7 +3,8 @@
 metrics.csv has a row for every log and every evaluation. A cell without a measurement is empty:
 
     iter_num, tokens               updates made, tokens trained on
-    lr, loss, grad_norm            of the last update; loss in nats per token
+    lr, loss, grad_norm            of the last update; loss in nats per token, with --teacher the
+                                   mean of the loss on the text and that on the teacher
     train_loss, val_loss           of an evaluation, in nats per token
     val_bits_per_byte              validation loss in bits per byte, comparable across tokenizers
     tokens_per_second, mfu         since the last log; MFU if the device's peak is known
@@ -67,7 +68,7 @@ class Clock:
 
 
 class Share:
-    """Allows something as long as it has taken at most a share of the time since then."""
+    """Allows something as long as it has taken at most a share of the time since this was made."""
 
     def __init__(self, share: float):
         self._share, self._spent, self._start = share, 0.0, time.perf_counter()

@@ -48,8 +48,8 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], int]:
     """Wrap a script's `main(argv)` so that it returns an exit code and prints errors on one line.
 
-    0: done; 1: system error; 2: user error; 3: training diverged; 130 and 143: SIGINT and SIGTERM,
-    after cleaning up.
+    0: done; 1: system error; 2: user error; 3: training diverged; 129, 130 and 143: SIGHUP, SIGINT
+    and SIGTERM, after cleaning up.
     """
     gc.freeze()  # what was imported stays: looking for garbage in it takes 0.3 s when Python exits
 

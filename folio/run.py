@@ -23,7 +23,7 @@ from data.tokenizer import Tokenizer
 from folio import checkpoint, distributed, machine, run_folder
 from folio.batch import autocast, split_loss
 from folio.checkpoint import Checkpoint
-from folio.ensemble import load_teacher
+from folio.ensemble import fingerprint, load_teacher, split_names
 from folio.fast import CudaGraph
 from folio.generation import Sampling, batches, encode_prompt, generate_texts
 from folio.metrics import Clock
@@ -88,6 +88,7 @@ class Run:
     stop: StopSignals
     graphs: dict[Callable, CudaGraph] | None = None  # of on_device(); None: it uses none
     teacher: LanguageModel | None = None  # of --teacher, in evaluation mode
+    teacher_id: str = ""  # its fingerprint
     stopped: signal.Signals | None = None  # the signal that ends the run, as all ranks agreed
     budget: float = 0.0  # seconds of wall time, from --minutes; 0: none
 
@@ -131,11 +132,13 @@ class Run:
         n = min(self.cfg.eval_tokens, len(val.tokens))
         return [(train, n // TRAIN_SHARE), (val, n)]
 
-    def loss(self, split: bins.Split, max_tokens: int, *check: Callable[[], None]) -> float:
+    def loss(
+        self, split: bins.Split, max_tokens: int, check: Callable[[], None] = lambda: None
+    ) -> float:
         """The mean loss over a split, or over max_tokens of it, in nats per token."""
-        cfg = self.cfg
-        size, where = cfg.micro_batch_size, (cfg.device, cfg.dtype)
-        return split_loss(self.model, split, max_tokens, size, *where, *check)
+        cfg, model = self.cfg, self.model
+        size = cfg.micro_batch_size
+        return split_loss(model, split, max_tokens, size, cfg.device, cfg.dtype, check)
 
     @torch.no_grad()
     def teach(self, idx: Tensor) -> dict[str, Tensor]:
@@ -275,6 +278,7 @@ class Run:
             "run_config": {k: v for k, v in asdict(cfg).items() if k not in model_config},
             "tokenizer": self.tok.meta(),
             "dataset": self.dataset.fingerprint,
+            "teacher": self.teacher_id,
             "progress": asdict(progress),
             "scaler": self.scaler.state_dict(),
             "threads": torch.get_num_threads(),
@@ -399,7 +403,12 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
     )
     if training and cfg.teacher:
         with distributed.together():
+            if not resuming:
+                _check_stays(cfg.teacher, Path(cfg.out_dir))
             run.teacher = load_teacher(cfg.teacher, cfg.cache_dir, run.tok, cfg.block_size)
+            run.teacher_id = fingerprint(run.teacher)
+            if resuming:
+                _check_same_teacher(cfg.teacher, run.teacher_id, ckpt)
             run.teacher.to(cfg.device)
     if resuming and training:
         run.restore_optimizers(ckpt)
@@ -408,6 +417,26 @@ def build_run(cfg: Any, dataset: bins.Dataset, ckpt: Checkpoint | None) -> Run:
     if training and size == 0 and cfg.device != "cpu" and not cfg.fsdp:
         run.shrink_micro_batch_size()
     return run
+
+
+def _check_stays(teacher: str, out_dir: Path) -> None:
+    """Raise UserError if a new run in `out_dir` would move a teacher aside."""
+    for name in split_names(teacher):
+        if out_dir.resolve() in (path := Path(name).resolve(), *path.parents):
+            raise UserError(
+                f"--teacher={name} is in --out_dir={out_dir}, where a new run moves it aside; use "
+                "another --out_dir"
+            )
+
+
+def _check_same_teacher(teacher: str, fingerprint: str, ckpt: Checkpoint) -> None:
+    """Raise UserError if a teacher of the same name as the checkpoint's is another model."""
+    before = ckpt.meta["teacher"]
+    if before and before != fingerprint and ckpt.meta["run_config"].get("teacher") == teacher:
+        raise UserError(
+            f"--teacher={teacher} is not the model that taught {ckpt.path}; name the file where that "
+            "is now"
+        )
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str:

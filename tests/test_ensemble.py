@@ -153,3 +153,24 @@ def test_a_run_learns_from_teachers(train_small, resume_run, capsys):
     assert train.main(["--init_from=resume", "--out_dir=parts", again]) == 0
     resumed, _ = load("parts/ckpt.safetensors")
     assert all(torch.equal(t, resumed[k]) for k, t in tensors.items() if k.startswith("model."))
+
+
+def test_a_resume_takes_no_other_model_for_the_teacher(train_small, resume_run, capsys):
+    few = ("--max_iters=2", "--num_samples=0")
+    assert train_small(*few, "--out_dir=old") == 0
+    assert train_small(*few, "--teacher=old") == 0
+    Path("old").rename("moved")
+    assert train_small(*few, "--seed=1", "--out_dir=old") == 0
+    assert resume_run("--max_iters=3") == 2
+    assert "--teacher=old is not the model that taught run/ckpt" in capsys.readouterr().err
+    assert resume_run("--max_iters=3", "--teacher=moved") == 0
+    assert resume_run("--max_iters=4") == 0
+    assert resume_run("--max_iters=5", "--teacher=old") == 0, "another name: it is meant"
+
+
+def test_a_new_run_does_not_move_its_teacher(train_small, capsys):
+    few = ("--max_iters=2", "--num_samples=0")
+    assert train_small(*few, "--out_dir=old") == 0
+    for teacher in ("old", "moved,old/best.safetensors"):
+        assert train_small(*few, f"--teacher={teacher}", "--out_dir=old") == 2
+        assert "is in --out_dir=old, where a new run moves it aside" in capsys.readouterr().err

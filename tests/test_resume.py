@@ -292,6 +292,28 @@ def test_a_resume_says_which_run_goes_on(train_small, monkeypatch, capsys, data_
     )
 
 
+def test_a_finished_run_without_its_best_state_is_evaluated_again(train_small, resume_run, capsys):
+    """Its last state was worse than the best, which was then deleted."""
+    assert train_small("--eval_interval=5", "--max_iters=10") == 0
+    other = ("--learning_rate=0.5", "--grad_clip=0", "--schedule=constant", "--lr_decay_iters=10")
+    assert resume_run("--max_iters=20", *other) == 0
+    (_, latest), (_, best) = (load(f"run/{name}.safetensors") for name in ("ckpt", "best"))
+    assert best["progress"]["iter_num"] < latest["progress"]["iter_num"] == 20
+    Path("run/best.safetensors").unlink()
+    capsys.readouterr()
+    assert resume_run() == 0
+    assert f"loss:    {latest['progress']['val_loss']:.3f} nats" in capsys.readouterr().out
+    assert load("run/best.safetensors")[1]["progress"]["iter_num"] == 20
+
+
+def test_as_many_keys_as_queries_is_the_same_as_0(train_small, resume_run):
+    few = ("--max_iters=1", "--num_samples=0")
+    assert train_small(*few, "--n_head=2", "--n_kv_head=2") == 0
+    assert resume_run("--n_head=2", "--n_kv_head=2", "--max_iters=2") == 0
+    assert train_small(*few, "--init_from=run", "--n_kv_head=2", "--out_dir=tuned") == 0
+    assert resume_run("--n_kv_head=1") == 2
+
+
 def test_run_json_has_what_a_resume_changed(train_small, resume_run):
     assert train_small("--max_iters=3", "--learning_rate=1e-3") == 0
     assert "before" not in json.loads(Path("run/run.json").read_text("utf-8"))
