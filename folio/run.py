@@ -434,8 +434,8 @@ def _check_same_teacher(teacher: str, fingerprint: str, ckpt: Checkpoint) -> Non
     before = ckpt.meta["teacher"]
     if before and before != fingerprint and ckpt.meta["run_config"].get("teacher") == teacher:
         raise UserError(
-            f"--teacher={teacher} is not the model that taught {ckpt.path}; name the file where that "
-            "is now"
+            f"--teacher={teacher} is not the model that taught {ckpt.path}; name the file where "
+            "that is now"
         )
 
 
