@@ -5,8 +5,8 @@
     python convert.py ckpt.pt out/imported --dataset=shakespeare_char       or a data set's
 
 A file written by torch.save() is taken for nanoGPT's, and becomes a run's folder to sample from or
-to finetune. Any other source that sample.py accepts becomes a folder for transformers, if the model
-has only GPT-2's parts. Its tokenizer goes with it, and gives the same ids there.
+to finetune. Any other model that sample.py accepts becomes a folder for transformers, if it has
+only GPT-2's parts. Its tokenizer goes with it, and gives the same ids there.
 """
 
 from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
@@ -38,7 +38,7 @@ END_OF_TEXT_ROLES = ("bos_token", "eos_token", "unk_token")  # all the same toke
 
 @dataclass
 class ConvertConfig:
-    source: PathStr = ""  # nanoGPT's ckpt.pt, or anything that sample.py --checkpoint accepts
+    source: PathStr = ""  # nanoGPT's ckpt.pt, or one model that sample.py --checkpoint accepts
     target: PathStr = ""  # the folder to create
     dataset: PathStr = ""  # for ckpt.pt: the data set it was trained on; empty: GPT-2's tokenizer
     data_dir: PathStr = "data"  # the parent folder of all data sets
@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{target} exists already; use another name")
     if is_torch_file(Path(options.source)):
         import_nanogpt(Path(options.source), target, options)
+    elif options.dataset:
+        raise UserError(f"--dataset is for nanoGPT's checkpoints; {options.source} has a tokenizer")
     else:
         export(options.source, target, options.cache_dir)
 

@@ -29,7 +29,7 @@ from folio.options import PathStr, PathStrs, build_options, read_options
 @dataclass
 class RunsConfig:
     action: Literal["list", "show", "verify", "plot", "report"] = "list"  # what to do
-    paths: PathStrs = ()  # runs' folders or checkpoints; for list their parent folder
+    paths: PathStrs = ()  # runs' folders, checkpoints or data sets; for list the runs' parent
     output: PathStr = ""  # empty: runs.png for plot, report.html in the first folder for report
 
 
@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
     given, _ = read_options(RunsConfig, argv, positional=("action", "paths"))
     options = build_options(RunsConfig, given)
     paths = [Path(word) for word in options.paths]
+    if options.output and options.action not in ("plot", "report"):
+        raise UserError(f"--output is for plot and report; {options.action} prints")
     if options.action == "list":
         return list_runs(paths or [Path("out")])
     if not paths:
@@ -66,7 +68,7 @@ def list_runs(parents: list[Path]) -> int:
         print(
             f"{str(path.parent):<{width}}{describe(meta)}  {time.strftime('%Y-%m-%d %H:%M', saved)}"
         )
-        with suppress(LookupError, TypeError, AttributeError):
+        with suppress(LookupError, TypeError, ValueError, AttributeError):
             loss = float(meta["progress"]["best_val_loss"])
             of_seeds = groups.setdefault(what_was_done(path.parent, meta), (path.parent, {}))[1]
             of_seeds[meta["run_config"]["seed"]] = loss
@@ -120,20 +122,24 @@ def check_files(paths: list[Path], show: bool) -> int:
     files, n_damaged = [file for path in paths for file in find_files(path)], 0
     for file in files:
         try:
-            if file.is_dir():
-                bins.verify(file)
-            else:
-                ckpt = checkpoint.load(file)
+            check_file(file, show)
         except UserError as error:
             print(error)
             n_damaged += 1
-            continue
-        print(f"{file}: OK")
-        if show and not file.is_dir():
-            print_meta(ckpt)
     if n_damaged:
         print(f"error: {n_damaged} of {len(files)} could not be verified", file=sys.stderr)
     return 2 if n_damaged else 0
+
+
+def check_file(file: Path, show: bool) -> None:
+    """Verify a checkpoint, or the folder of a data set; raises UserError if it is damaged."""
+    if file.is_dir():
+        bins.verify(file)
+    else:
+        ckpt = checkpoint.load(file)
+    print(f"{file}: OK")
+    if show and not file.is_dir():
+        print_meta(ckpt)
 
 
 def find_files(path: Path) -> list[Path]:

@@ -78,6 +78,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--interactive prints its samples; it does not take --output")
     if options.serve and (options.interactive or options.output or options.num_samples > 1):
         raise UserError("--serve does not take --interactive, --output or --num_samples")
+    if not options.serve and (unused := given.keys() & {"host", "port"}):
+        raise UserError(f"--{min(unused)} needs --serve")
     device = find_device(options.device)
     prompt = read_prompt(options.prompt)
     options.stop = tuple(map(unescape, options.stop))

@@ -192,7 +192,7 @@ def load(path: Path) -> Checkpoint:
         data = torch.empty(path.stat().st_size, dtype=torch.uint8)
         with open(path, "rb") as file:
             n_read = file.readinto(memoryview(data.numpy()))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:  # a bad sector too: another checkpoint may be intact
         raise UserError(f"cannot open checkpoint {path}: {error.strerror}") from None
     try:
         if n_read != len(data):

@@ -281,11 +281,13 @@ def batches(
     model: LanguageModel, n_prompt: int, num_samples: int, max_new_tokens: int
 ) -> Iterator[range]:
     """Split range(num_samples) into batches that fit in a quarter of the available memory."""
-    c, n_tokens = model.config, n_prompt + max_new_tokens
-    elements = 8 * c.vocab_size  # logits, and temporaries of sampling
-    if not isinstance(model, Bigram):
-        kv_width = 2 * c.n_layer * c.n_embd * (c.n_kv_head or c.n_head) // c.n_head
-        elements += min(n_tokens, c.block_size) * (kv_width + 16 * c.n_embd)
+    elements, n_tokens = 0, n_prompt + max_new_tokens
+    for part in model.models if isinstance(model, Ensemble) else (model,):
+        c = part.config
+        elements += 8 * c.vocab_size  # logits, and temporaries of sampling
+        if not isinstance(part, Bigram):
+            kv_width = 2 * c.n_layer * c.n_embd * (c.n_kv_head or c.n_head) // c.n_head
+            elements += min(n_tokens, c.block_size) * (kv_width + 16 * c.n_embd)
     bytes_per_sample = 4 * elements + 40 * max_new_tokens  # the latter for random numbers and ids
     available = available_memory(next(model.parameters()).device) or 2**32
     size = max(1, available // 4 // bytes_per_sample)

@@ -169,7 +169,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text("utf-8"))
         try:
-            names = sorted(set(index["weight_map"].values()))
+            names = sorted({str(name) for name in index["weight_map"].values()})
         except (LookupError, TypeError, AttributeError):
             raise ValueError(f"{INDEX} has no weight_map") from None
         if foreign := [name for name in names if Path(name).name != name]:

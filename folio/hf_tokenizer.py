@@ -76,13 +76,15 @@ def _read_byte_pairs(folder: Path) -> dict | None:
         return {"kind": "gpt2", **normalize}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     learned = list(dict.fromkeys(a + b for a, b in pairs))
-    end_of_text = vocab.get(END_OF_TEXT, vocab.get(settings.get("eos_token")))
+    end = settings.get("eos_token")
+    if isinstance(end, dict):  # as older versions of transformers wrote it
+        end = end["content"]
     return {
         "kind": "bpe",
         **normalize,
         "tokens": [bytes(BYTES[c] for c in token).decode("latin-1") for token in learned],
         "ids": [vocab.get(PRINTABLE[i], -1) for i in range(256)] + [vocab[t] for t in learned],
-        "end_of_text": end_of_text,
+        "end_of_text": vocab.get(END_OF_TEXT, vocab.get(end)),
     }
 
 
@@ -142,14 +144,15 @@ def _write_bpe(
 
 
 def _byte_pairs(tokens: list[bytes], ids: list[int]) -> tuple[dict[str, int], list[str]]:
-    """The vocabulary and the merges of tokens: the bytes, then the others in the order learned."""
+    """The vocabulary and the merges of tokens: the bytes, then the others in the order learned. A
+    byte without an id is left out."""
     names = ["".join(PRINTABLE[i] for i in token) for token in tokens]
     ranks = {token: n for n, token in enumerate(tokens)}
     merges = []
     for token in tokens[256:]:
         pair = _merged_pair(token, ranks)
         merges.append(" ".join("".join(PRINTABLE[i] for i in part) for part in pair))
-    return dict(zip(names, ids, strict=True)), merges
+    return {name: i for name, i in zip(names, ids, strict=True) if i >= 0}, merges
 
 
 def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

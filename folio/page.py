@@ -1,4 +1,4 @@
-"""What the pages of runs.py report and sample.py --serve share: their Content-Security-Policy."""
+"""What the Content-Security-Policies of runs.py report and sample.py --serve are made of."""
 
 import base64
 import hashlib

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHAKESPEARE, SMALL, script, write_bins
 
+import convert
 import prepare
 import sample
 import train as training
@@ -212,6 +213,8 @@ CASES = (
         (sample.main, "--max_new_tokens=0", "max_new_tokens must be a whole number in [1, 1e5]"),
         (sample.main, "--device=cuda:9 --checkpoint=RUN", "device 'cuda:9'"),
         (sample.main, "--start=x", "unknown option 'start'; use prompt"),
+        (sample.main, "--port=8001", "--port needs --serve"),
+        (convert.main, "RUN new --dataset=small", "--dataset is for nanoGPT's checkpoints"),
     ]
 )  # fmt: skip
 

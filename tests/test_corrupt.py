@@ -1,5 +1,7 @@
 """Promise: a damaged checkpoint is always noticed, and the newest that is whole takes its place."""
 
+import errno
+import os
 import random
 import shutil
 import subprocess
@@ -88,6 +90,21 @@ def test_a_missing_latest_is_no_fresh_start(run, resume_run, capsys):
     assert resume_run() == 0
     out = capsys.readouterr().out
     assert "cannot open checkpoint run/ckpt.safetensors" in out and "iteration 30" in out
+
+
+def test_a_bad_sector_is_damage_too(run, resume_run, monkeypatch, capsys):
+    def open_file(path, mode):
+        if path == LATEST:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open(path, mode)
+
+    monkeypatch.setattr(checkpoint, "open", open_file, raising=False)
+    assert runs.main(["verify", "run"]) == 2
+    out = capsys.readouterr().out
+    assert "cannot open checkpoint run/ckpt.safetensors: Input/output error" in out
+    assert out.count(": OK") == 4
+    assert resume_run() == 0
+    assert "iteration 30" in capsys.readouterr().out
 
 
 def test_with_none_that_is_whole_nothing_is_done(run, resume_run, capsys):

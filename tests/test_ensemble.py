@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import evaluate
 import sample
 import train
+from folio import generation
 from folio.ensemble import Ensemble
 from folio.fast import token_loss
 from folio.generation import generate, prepare_for_sampling
@@ -70,6 +71,18 @@ def test_a_model_and_itself_generate_what_it_does_alone(config):
     expected = torch.stack(list(generate(model, idx, uniforms)), 1)
     both = torch.stack(list(generate(Ensemble([model, twin]).eval(), idx, uniforms)), 1)
     assert (both == expected).float().mean() == 1
+
+
+def test_a_batch_has_room_for_all_models(monkeypatch):
+    """In whatever order they are, and as many samples as if each had its share of the memory."""
+    monkeypatch.setattr(generation, "available_memory", lambda _: 2**28)
+    small, wide = GPT(SMALL), GPT(replace(SMALL, n_embd=512))
+
+    def largest(*models):
+        model = models[0] if len(models) == 1 else Ensemble(list(models))
+        return len(next(generation.batches(model, 1, 10_000, 20)))
+
+    assert largest(small, wide) == largest(wide, small) < largest(wide) < largest(small) < 10_000
 
 
 def test_models_of_every_kind_generate_together(models):

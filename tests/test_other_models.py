@@ -98,6 +98,9 @@ def test_weights_in_several_files(folder, copy):
     index.write_text(json.dumps({"weight_map": {**weight_map, names[0]: "../a.safetensors"}}))
     with pytest.raises(UserError, match="names a file outside the folder: ../a.safetensors"):
         load_model(copy)
+    index.write_text(json.dumps({"weight_map": {**weight_map, names[0]: 5}}))
+    with pytest.raises(UserError, match="No such file"):
+        load_model(copy)
     index.write_text("[]")
     with pytest.raises(UserError, match="has no weight_map"):
         load_model(copy)
@@ -264,6 +267,27 @@ def test_a_folders_own_vocabulary_is_exported_again(trained, tmp_path):
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in (*TEXTS.values(), *UNSEEN[:4]):
         assert exported(text)["input_ids"] == theirs.encode(text).ids, text
+
+
+def test_an_end_of_text_of_another_name(trained):
+    """As a string, and as older versions of transformers wrote it."""
+    folder, theirs = trained
+    vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+    vocab["<end>"] = vocab.pop("<|endoftext|>")
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    for end in ("<end>", {"content": "<end>", "lstrip": False, "__type": "AddedToken"}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        assert load_model(folder)[1]["tokenizer"]["end_of_text"] == 2
+
+
+def test_a_byte_without_an_id_is_not_exported(trained):
+    folder, theirs = trained
+    vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+    missing = vocab.pop(hf_tokenizer.PRINTABLE[0])
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    ours = tokenizer.load(load_model(folder)[1]["tokenizer"])
+    exported = json.loads(hf_tokenizer.files(ours)["vocab.json"])
+    assert min(exported.values()) > 0 and missing not in exported.values()
 
 
 @needs_gpt2_vocabulary

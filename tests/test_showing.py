@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, SMALL, load, script
 
 import runs
-from folio import metrics, plot, samples
+from folio import checkpoint, metrics, plot, samples
 from folio.samples import Sample
 
 # ---- samples.txt
@@ -197,6 +197,17 @@ def test_seeds_that_minutes_gave_other_lengths_are_of_the_same_options(train_sma
     assert "2 seeds of the options of out/1" in capsys.readouterr().out
 
 
+def test_a_header_with_a_loss_that_is_no_number(train_small, capsys):
+    assert train_small("--max_iters=5", "--out_dir=out/a") == 0
+    tensors, meta = load("out/a/ckpt.safetensors")
+    meta["progress"]["best_val_loss"] = "low"
+    meta.pop("format")
+    checkpoint.save(Path("out/a/ckpt.safetensors"), tensors, meta)
+    capsys.readouterr()
+    assert runs.main([]) == 0
+    assert "unreadable" in capsys.readouterr().out
+
+
 def test_a_seed_that_was_run_twice_counts_once(train_small, capsys):
     for folder in ("out/a", "out/b"):
         assert train_small("--max_iters=5", f"--out_dir={folder}") == 0
@@ -221,6 +232,7 @@ def test_a_resume_keeps_the_minutes_unless_it_changes_the_length(
     [
         ("plot out", "out is not a run's folder"),
         ("plot bad", "has no rows that can be read"),
+        ("verify run --output=x.txt", "--output is for plot and report; verify prints"),
         ("plot run --output=no/x.png", "there is no folder no"),
         ("report run --output=x.pdf", "use a name that ends with .html"),
         ("report run --output=no/x.html", "no such file or directory; use another name"),
