@@ -181,7 +181,8 @@ def _target(folder: Path) -> Path:
 def _unfinished(folder: Path) -> list[Path]:
     """What interrupted processes left of this data set: folders with our lock, which nobody has."""
     found = []
-    for partial in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.partial")):
+    pattern = f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}.partial"
+    for partial in sorted(folder.parent.glob(pattern)):
         if (partial / LOCK).is_file():
             with suppress(OSError, filelock.Timeout), filelock.FileLock(partial / LOCK, timeout=0):
                 found.append(partial)

@@ -184,6 +184,15 @@ def test_a_record_of_more_than_there_is(made, here, capsys):
     assert is_the_same(made)
 
 
+def test_a_data_set_of_a_similar_name_stays_unfinished(made, here, capsys):
+    interrupted(3)
+    (partial,) = Path().glob("data/.mine.*.partial")
+    partial.rename(str(partial).replace(".mine.", ".mine.v2."))
+    assert prepare.main([*ARGV, "--workers=1"]) == 0
+    assert "continuing" not in capsys.readouterr().out
+    assert list(Path().glob("data/.mine.v2.*.partial"))
+
+
 @needs_linux
 def test_a_worker_that_is_killed(made, here, capsys):
     err = interrupted(3, lambda p: os.kill(children(p)[0], signal.SIGKILL), code=1)
