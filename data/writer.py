@@ -179,11 +179,12 @@ def _target(folder: Path) -> Path:
 
 
 def _unfinished(folder: Path) -> list[Path]:
-    """What interrupted processes left of this data set: folders with our lock, which nobody has."""
+    """What interrupted processes left of this data set: folders of ours whose lock nobody has."""
     found = []
     pattern = f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}.partial"
     for partial in sorted(folder.parent.glob(pattern)):
-        if (partial / LOCK).is_file():
+        # filelock deletes the lock file when it is released, on Windows and in some versions
+        if (partial / LOCK).is_file() or (partial / "train.bin").is_file():
             with suppress(OSError, filelock.Timeout), filelock.FileLock(partial / LOCK, timeout=0):
                 found.append(partial)
     return found

@@ -184,6 +184,16 @@ def test_a_record_of_more_than_there_is(made, here, capsys):
     assert is_the_same(made)
 
 
+def test_a_lock_file_that_was_deleted_when_it_was_released(made, here, capsys):
+    """As filelock does on Windows, and in some versions elsewhere."""
+    interrupted(3)
+    (lock,) = Path().glob("data/.mine.*.partial/folio.lock")
+    lock.unlink()
+    assert prepare.main([*ARGV, "--workers=1"]) == 0
+    assert "continuing after" in capsys.readouterr().out
+    assert is_the_same(made)
+
+
 def test_a_data_set_of_a_similar_name_stays_unfinished(made, here, capsys):
     interrupted(3)
     (partial,) = Path().glob("data/.mine.*.partial")
