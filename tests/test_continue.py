@@ -203,6 +203,34 @@ def test_a_data_set_of_a_similar_name_stays_unfinished(made, here, capsys):
     assert list(Path().glob("data/.mine.v2.*.partial"))
 
 
+@pytest.mark.parametrize("obstacle", ["mine", "mine.1", "mine/val.bin"])
+def test_a_whole_build_is_kept_if_it_cannot_get_its_name(made, here, monkeypatch, capsys, obstacle):
+    """The folder, an older one, or the second of three files beside a user's cannot be moved."""
+    obstacle, finish = Path("data", obstacle), writer.Writer.finish
+    if obstacle.name != "mine":
+        Path("data/mine").mkdir(parents=True)
+    if obstacle.name == "val.bin":
+        Path("data/mine/notes.txt").write_text("the user's")
+
+    def obstructed(*args):
+        if obstacle.name == "val.bin":
+            obstacle.mkdir()
+        else:
+            obstacle.symlink_to("nowhere")
+        return finish(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "finish", obstructed)
+        assert prepare.main([*ARGV, "--workers=1"]) == 2
+    assert "the same command continues" in capsys.readouterr().out
+    obstacle.rmdir() if obstacle.name == "val.bin" else obstacle.unlink()
+    monkeypatch.setattr(workers, "encode_batch", None)  # it is not encoded again
+    assert prepare.main([*ARGV, "--workers=1"]) == 0
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert Path("data/mine", name).read_bytes() == (made / "data/mine" / name).read_bytes()
+    assert not list(Path("data").glob(".*"))
+
+
 @needs_linux
 def test_a_worker_that_is_killed(made, here, capsys):
     err = interrupted(3, lambda p: os.kill(children(p)[0], signal.SIGKILL), code=1)
