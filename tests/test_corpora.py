@@ -284,6 +284,7 @@ def test_token_files(here, monkeypatch):
     for argv in (
         ["--input", "shards/*.bin"],
         ["--input", "shards/*train*.bin", "--val_input=shards/fineweb_val_000000.bin"],
+        ["--input", "shards/*.bin", "--val_input=shards/fineweb_val_000000.bin"],
     ):
         dataset = build(*argv)
         assert (dataset.train.tokens == np.concatenate(parts[:2])).all()

@@ -232,8 +232,17 @@ def test_of_many_documents_whole_ones_validate_and_stay_where_they_are(folder):
 def test_a_text_of_ones_own_to_validate_on(folder):
     _, train, val = build("--input", "book.txt", "old.txt.gz", "--val_input", "notes/b.md")
     assert train == "the book\r\n\nold" and val == "b in notes"
-    _, train, val = build("--input", "old.txt.gz", "--val_input", "notes/b.md", "old.txt.gz")
-    assert train == "old" and val == "b in notes\nold"
+    _, train, val = build("--input", "old.txt.gz", "--val_input", "notes/b.md", "notes/a")
+    assert train == "old" and val == "b in notes\nz in notes/a"
+
+
+@pytest.mark.parametrize("inputs", [["notes"], ["**/*.md"], ["old.txt.gz", "notes/b.md"]])
+def test_what_validates_is_not_trained_on(folder, capsys, inputs):
+    for path in ("notes/b.md", "./notes/../notes/b.md", str(Path("notes/b.md").absolute())):
+        _, train, val = build("--input", *inputs, "--val_input", path)
+        assert val == "b in notes" and val not in train
+    assert prepare.main(["--name=new", "--input=book.txt", "--val_input=book.txt"]) == 2
+    assert "book.txt: all of it is in --val_input; name other text" in capsys.readouterr().err
 
 
 @needs_gpt2_vocabulary
