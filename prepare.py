@@ -128,6 +128,9 @@ def main(argv: list[str]) -> None:
         if progress:
             tok = tokenizer.load(progress["tokenizer"])
         else:
+            if kind in ("char", "bpe") or options.extend_vocab:  # made from all of the text
+                new = [f for f in texts.files if f.hub and not f.path.exists()]
+                check_space(folder, sum(file.size for file in new))
             tok = make_tokenizer(kind, options, texts)
         source, n_bytes = texts, bytes_needed(tok, texts, progress)
         encoded = encode(tok, texts, options.workers or available_cores(), start)
@@ -236,7 +239,8 @@ def check_tokenizer(kind: str, given: dict) -> None:
 
 
 def make_tokenizer(kind: Tokenizer | str, options: PrepareConfig, texts: Texts) -> Tokenizer:
-    """Build the tokenizer: char from all of the text, bpe from the training split."""
+    """Build the tokenizer: char from all of the text, bpe from the training split. For both, all
+    files of the Hub are downloaded, and stay until they have been encoded."""
     if isinstance(kind, Tokenizer):
         if options.extend_vocab and kind.kind != "char":
             raise UserError(

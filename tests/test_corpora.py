@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import threading
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -165,6 +167,14 @@ def test_files_of_the_hub_one_at_a_time(server, monkeypatch):
     n_fetched = len(server.fetched)
     dataset = build("--input=hf://datasets/some/texts/sample/b/000.jsonl", "--tokenizer=byte")
     assert len(server.fetched) == n_fetched + 1
+
+
+def test_a_tokenizer_made_of_all_files_needs_room_for_them(server, monkeypatch, capsys):
+    server.files |= {f"{i}.jsonl": json_lines(DOCUMENTS[i::3]) for i in range(3)}
+    usage, free = namedtuple("usage", "free"), sum(map(len, server.files.values())) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
+    says = fails(capsys, "--input=hf://datasets/some/texts/*.jsonl", "--tokenizer=char")
+    assert "data/mine needs about" in says and server.fetched == ["0.jsonl"]
 
 
 @needs_gpt2_vocabulary
