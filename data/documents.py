@@ -181,7 +181,8 @@ class Corpus:
         for file in self.files:
             if file.path is None:
                 continue
-            head = b"" if file.hub else formats.read_head(file.path, file.name)
+            # a .json file of the Hub may have lines, or may not: it is not there yet
+            head = b"{}" if file.hub else formats.read_head(file.path, file.name)
             is_parquet = head.startswith(formats.PARQUET) or file.path.suffix == ".parquet"
             if is_parquet or formats.is_json_lines(file.path, head):
                 return True

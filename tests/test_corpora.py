@@ -3,6 +3,7 @@
 A server on this machine plays the Hub.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -167,6 +168,17 @@ def test_files_of_the_hub_one_at_a_time(server, monkeypatch):
     n_fetched = len(server.fetched)
     dataset = build("--input=hf://datasets/some/texts/sample/b/000.jsonl", "--tokenizer=byte")
     assert len(server.fetched) == n_fetched + 1
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.txt"])
+def test_the_field_of_a_file_of_the_hub(server, capsys, name):
+    content = b'{"body": "some text"}\n' * 9
+    server.files[name] = gzip.compress(content) if name.endswith("gz") else content
+    argv = [f"--input=hf://datasets/some/texts/{name}", "--field=body"]
+    if name == "a.txt":
+        assert "--field=body is for JSON lines and Parquet" in fails(capsys, *argv)
+    else:
+        assert build(*argv).train.n_bytes == 9 * 8
 
 
 def test_a_tokenizer_made_of_all_files_needs_room_for_them(server, monkeypatch, capsys):
