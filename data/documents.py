@@ -168,7 +168,12 @@ class Corpus:
     notes: Counter = dataclasses.field(default_factory=Counter)
 
     def __post_init__(self):
-        """Find the files; raises UserError for an input that does not exist or is empty."""
+        """Find the files; raises UserError for an input that does not exist or is empty, and for
+        an unknown encoding."""
+        try:
+            b"a".decode(self.encoding or "utf-8", "ignore")
+        except (LookupError, UnicodeError):
+            raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
         self._counted = set()  # the files whose notes are in `notes`
         self._checked = {}  # files whose bytes are their text, with their notes
         self.position = 0.0  # how many bytes of its file have been read
@@ -216,7 +221,7 @@ class Corpus:
             yield from self._texts(self._rows(file))
         elif formats.is_json_lines(path, head):
             yield from self._texts(self._objects(file))
-        elif self._is_binary(head) and not (file.explicit and self.errors == "replace"):
+        elif formats.is_binary(head, self.encoding) and not (file.explicit and self.errors == "replace"):
             if file.explicit:
                 order = "be" if head.startswith(b"\0") else "le"
                 raise UserError(
@@ -226,12 +231,6 @@ class Corpus:
             self.notes["binary files left out"] += 1
         elif head:
             yield from self._read_plain(file)
-
-    def _is_binary(self, head: bytes) -> bool:
-        try:
-            return formats.is_binary(head, self.encoding)
-        except LookupError:
-            raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
 
     def _blocks(self, file: File, begin: int = 0) -> Iterator[bytes]:
         """Yield a file as UTF-8, starting at offset `begin` of the UTF-8 text. Notes are counted

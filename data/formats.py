@@ -209,6 +209,10 @@ def _decode(
             f"{offset - n_pending + error.start:,}; name its encoding, as in "
             "--encoding=latin-1, or use --errors=replace"
         ) from None
+    except UnicodeError as error:  # utf-16 or utf-32 without a byte-order mark
+        raise UserError(
+            f"{name}: {error}; name its byte order, as in --encoding=utf-16-le"
+        ) from None
 
 
 def parquet_records(path: Path, name: str, field: str) -> Iterator[tuple[dict, float]]:
