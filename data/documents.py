@@ -168,12 +168,16 @@ class Corpus:
     notes: Counter = dataclasses.field(default_factory=Counter)
 
     def __post_init__(self):
-        """Find the files; raises UserError for an input that does not exist or is empty, and for
-        an unknown encoding."""
+        """Find the files; raises UserError for an input that does not exist or is empty, for an
+        unknown encoding, and for a separator that is not UTF-8."""
         try:
             b"a".decode(self.encoding or "utf-8", "ignore")
         except (LookupError, UnicodeError):
             raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
+        try:
+            self._separator = self.separator.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--separator={self.separator} is not UTF-8") from None
         self._counted = set()  # the files whose notes are in `notes`
         self._checked = {}  # files whose bytes are their text, with their notes
         self.position = 0.0  # how many bytes of its file have been read
@@ -259,10 +263,10 @@ class Corpus:
             self.notes.update(counts)
 
     def _read_plain(self, file: File) -> Iterator[Document]:
-        if not self.separator:
+        if not self._separator:
             yield Document(file.name, lambda begin=0: self._blocks(file, begin))
             return
-        separator, data, number = self.separator.encode(), b"", 0
+        separator, data, number = self._separator, b"", 0
         for block in itertools.chain(self._blocks(file), (None,)):
             *parts, data = (data + (block or b"")).split(separator)
             if block is None:
