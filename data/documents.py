@@ -112,6 +112,21 @@ def _until(length: int | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
             return
 
 
+def split_blocks(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
+    """The parts of a stream of blocks between separators. Each block is searched once, so that the
+    time is linear in the length of a part."""
+    part, rest = [], b""  # of a part that has not ended: what was searched, and the last few bytes
+    for block in blocks:
+        first, *others = (rest + block).split(separator)
+        for other in others:
+            yield b"".join((*part, first))
+            part, first = [], other
+        end = max(0, len(first) - len(separator) + 1)
+        part.append(first[:end])
+        rest = first[end:]  # a separator may begin in it
+    yield b"".join((*part, rest))
+
+
 def character_start(data: bytes, offset: int) -> int:
     """`offset`, moved back so that no characters are separated which Unicode would compose."""
     for start in range(offset, max(-1, offset - CONTEXT_BYTES), -1):
@@ -225,7 +240,9 @@ class Corpus:
             yield from self._texts(self._rows(file))
         elif formats.is_json_lines(path, head):
             yield from self._texts(self._objects(file))
-        elif formats.is_binary(head, self.encoding) and not (file.explicit and self.errors == "replace"):
+        elif formats.is_binary(head, self.encoding) and not (
+            file.explicit and self.errors == "replace"
+        ):
             if file.explicit:
                 order = "be" if head.startswith(b"\0") else "le"
                 raise UserError(
@@ -266,15 +283,9 @@ class Corpus:
         if not self._separator:
             yield Document(file.name, lambda begin=0: self._blocks(file, begin))
             return
-        separator, data, number = self._separator, b"", 0
-        for block in itertools.chain(self._blocks(file), (None,)):
-            *parts, data = (data + (block or b"")).split(separator)
-            if block is None:
-                parts.append(data)
-            for part in parts:
-                number += 1
-                if part := part.strip(b"\r\n"):
-                    yield Document.of(part, f"{file.name}, document {number}")
+        for number, part in enumerate(split_blocks(self._blocks(file), self._separator), 1):
+            if part := part.strip(b"\r\n"):
+                yield Document.of(part, f"{file.name}, document {number}")
 
     def _texts(self, records: Iterator[tuple[str, Callable[[], dict]]]) -> Iterator[Document]:
         """The text of each record, which is given with its source, and unread."""
@@ -298,15 +309,9 @@ class Corpus:
 
     def _lines(self, file: File) -> Iterator[tuple[str, bytes]]:
         """Yield (source, line) for each line that is not empty."""
-        number, data = 0, b""
-        for block in itertools.chain(self._blocks(file), (None,)):
-            *lines, data = (data + (block or b"")).split(b"\n")
-            if block is None:
-                lines.append(data)
-            for line in lines:
-                number += 1
-                if line.strip():
-                    yield f"{file.name}, line {number}", line
+        for number, line in enumerate(split_blocks(self._blocks(file), b"\n"), 1):
+            if line.strip():
+                yield f"{file.name}, line {number}", line
 
     def records(self) -> Iterator[tuple[str, dict]]:
         """Yield (source, JSON object) for each line of the files, whatever their names."""

@@ -8,6 +8,7 @@ import random
 import re
 import sysconfig
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -202,6 +203,24 @@ def test_where_a_byte_is_wrong(folder, capsys):
     Path("bad.txt").write_bytes(data + b"\xff" + data)
     assert prepare.main(["--name=x", "--input=bad.txt"]) == 2
     assert "bad.txt is not UTF-8: byte 0xff at offset 400,000" in capsys.readouterr().err
+
+
+@given(st.text("ab"), st.text("ab", min_size=1, max_size=3), st.integers(1, 9))
+@example("aabaab", "aab", 1)
+def test_documents_between_separators_of_any_length(text, separator, size):
+    data, separator = text.encode(), separator.encode()
+    blocks = iter([data[i : i + size] for i in range(0, len(data), size)])
+    assert list(documents.split_blocks(blocks, separator)) == data.split(separator)
+
+
+@pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
+def test_a_separator_that_never_comes_takes_no_longer(folder, monkeypatch, name):
+    """With 8,000 blocks: each was searched again with every later one."""
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 1000)
+    Path(name).write_bytes(b'{"text": "' + b"a" * 8_000_000 + b'"}')
+    started = time.process_time()
+    (document,) = Corpus((name,), Path("downloads"), separator="<|end|>")
+    assert document.size() >= 8_000_000 and time.process_time() - started < 3
 
 
 # ---- splits -------------------------------------------------------------------------------------
