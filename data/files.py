@@ -115,7 +115,10 @@ def _spool(word: str, downloads: Path) -> Path:
 
 
 def _expand(pattern: Path) -> Iterator[Path]:
-    """The matches of a glob; ** follows no symlinks, and matches hidden names only if asked to."""
+    """The matches of a glob; ** follows no symlinks, and matches hidden names only if asked to.
+    Raises UserError if ** is a part of a name, for which Python's versions differ."""
+    if any("**" in part and part != "**" for part in pattern.parts):
+        raise UserError(f"input {pattern}: ** stands for folders only, as in notes/**/*.md")
     root = Path(pattern.anchor)
     hidden = any(part.startswith(".") and part.strip(".") for part in pattern.parts)
     for path in root.glob(str(pattern.relative_to(root))):

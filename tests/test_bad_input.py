@@ -165,6 +165,7 @@ CASES = (
         (prepare.main, "--name=x --input=binary", "no text found; binary files left out: 1"),
         (prepare.main, "--name=x --input=binary/a", "binary/a is not text: it contains zero bytes"),
         (prepare.main, "--name=x --input 'no/*.txt'", "input no/*.txt: no files found"),
+        (prepare.main, "--name=x --input 'no/**.txt'", "input no/**.txt: ** stands for folders only, as in"),
         (prepare.main, "--name=x --input mixed", "mixed/b.txt is not UTF-8: byte 0xe9 at offset 3"),
         (prepare.main, "--name=x --input=broken.txt.gz", "broken.txt.gz is a broken .gz file"),
         (prepare.main, "--name=x --input=cut.txt.gz", "cut.txt.gz is damaged, or not compressed as its"),
