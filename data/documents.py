@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import formats
 from data.errors import UserError
@@ -299,9 +299,10 @@ class Corpus:
                 self.notes["bad lines left out"] += 1
 
     def _rows(self, file: File) -> Iterator[tuple[str, Callable[[], dict]]]:
-        rows = formats.parquet_records(file.path, file.name, self.field)
+        rows = formats.parquet_rows(file.path, file.name, self.field)
         for number, (row, self.position) in enumerate(rows, 1):
-            yield f"{file.name}, row {number}", lambda row=row: row
+            source = f"{file.name}, row {number}"
+            yield source, functools.partial(_row, row, source)
 
     def _objects(self, file: File) -> Iterator[tuple[str, Callable[[], dict]]]:
         for source, line in self._lines(file):
@@ -329,6 +330,14 @@ def _record(line: bytes, source: str) -> dict:
     if type(record) is not dict:
         raise UserError(f"{source}: not a JSON object")
     return record
+
+
+def _row(batch: Any, source: str) -> dict:
+    """A row of a Parquet file as a dict; raises UserError if its text is not UTF-8."""
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8: {error.reason}") from None
 
 
 def _text_of(record: dict, source: str, field: str) -> bytes:

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from data.errors import UserError
 
@@ -215,9 +215,10 @@ def _decode(
         ) from None
 
 
-def parquet_records(path: Path, name: str, field: str) -> Iterator[tuple[dict, float]]:
-    """Yield the rows of a Parquet file, with the field or its first part, each with how many bytes
-    of the file have been read, about. Messages call it `name`. Needs pyarrow; raises UserError."""
+def parquet_rows(path: Path, name: str, field: str) -> Iterator[tuple[Any, float]]:
+    """Yield the rows of a Parquet file, with the field or its first part, as RecordBatches of
+    pyarrow, each with how many bytes of the file have been read, about. Messages call it `name`.
+    Needs pyarrow; raises UserError."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -232,9 +233,9 @@ def parquet_records(path: Path, name: str, field: str) -> Iterator[tuple[dict, f
             column = field if field in names else field.split(".")[0]
             columns = [column] if column in names else names  # all, for the message
             for batch in file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
+                for i in range(batch.num_rows):
                     n_read += 1
-                    yield row, size * n_read / file.metadata.num_rows
+                    yield batch.slice(i, 1), size * n_read / file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise

@@ -281,6 +281,20 @@ def test_parquet(here, capsys):
     assert "cut.parquet is damaged, or not a Parquet file" in fails(capsys, "--input=cut.parquet")
 
 
+def test_a_row_that_is_not_utf8(here, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [b"one " * 9, b"caf\xe9", b"two " * 9]
+    column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), "a.parquet")
+    says = fails(capsys, "--input=a.parquet")
+    assert "a.parquet, row 2: not UTF-8: " in says and "--skip_bad_lines leaves" in says
+    dataset = build("--input=a.parquet", "--skip_bad_lines")
+    assert "bad lines left out: 1" in capsys.readouterr().out
+    assert dataset.train.n_bytes + dataset.val.n_bytes == 2 * 36
+
+
 # ---- token files --------------------------------------------------------------------------------
 
 
