@@ -19,7 +19,7 @@ from typing import IO
 import filelock
 import numpy as np
 
-from data.bins import FORMAT, OUR_FILES, SPLITS, dtype_of, free_name, is_built, move_aside
+from data.bins import FORMAT, OUR_FILES, SPLITS, dtype_of, free_name, is_foreign, move_aside
 from data.errors import UserError
 
 LOCK = "folio.lock"  # held while a data set is written
@@ -218,8 +218,7 @@ def check_target(folder: Path) -> None:
 
     It may have an older data set, or files that are not a data set's, such as its text.
     """
-    foreign = is_built(folder) and not (folder / "meta.json").is_file()
-    if (folder.exists() and not folder.is_dir()) or foreign:
+    if (folder.exists() and not folder.is_dir()) or is_foreign(folder):
         raise UserError(
             f"{folder} exists and is not a data set made by prepare.py; use another name"
         )
