@@ -180,13 +180,16 @@ def utf8_blocks(
                     counts["byte-order marks inside the text, dropped"] += n_marks
                     text = text.replace("\n\ufeff", "\n")
                 text, at_line_start = text[at_line_start:], text.endswith("\n")
-                if "\0" in text:
+                if n_zeros := text.count("\0"):
                     if errors != "replace":
+                        what = f"zero byte at offset {offset + block.find(0):,}"
+                        if block.count(0) > n_zeros:  # UTF-16: letters have zero bytes too
+                            what = "zero character (U+0000)"
                         raise UserError(
-                            f"{name} has a zero byte at offset {offset + block.find(0):,}: it is "
-                            "damaged, or not text; --errors=replace reads it anyway"
+                            f"{name} has a {what}: it is damaged, or not text; --errors=replace "
+                            "reads it anyway"
                         )
-                    counts["bytes replaced"] += text.count("\0")
+                    counts["bytes replaced"] += n_zeros
                     text = text.replace("\0", "\ufffd")
                 yield text.encode(), raw.tell()
                 offset += len(block)
