@@ -256,7 +256,7 @@ def load(meta: dict) -> Tokenizer:
         tok.normalize = meta.get("normalize", "")
         normalized("a", tok.normalize)  # fails for an unknown form
         return tok
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(error) from None
 
 

@@ -375,6 +375,8 @@ def test_a_damaged_checkpoint_gives_no_tokenizer(train_small, capsys):
         {"kind": "bpe", "tokens": ["\u0100b"]},
         {"kind": "bpe", "tokens": [7]},
         {"kind": "bpe", "tokens": "ab"},
+        {"kind": "bpe", "tokens": ["ab"], "ids": [*range(256), 2**70]},
+        {"kind": "bpe", "tokens": ["ab"], "ids": [*range(257)], "end_of_text": 2**70},
         {"kind": "byte", "normalize": "NFX"},
         {"kind": "byte", "normalize": 7},
         {"kind": "abacus"},
