@@ -48,8 +48,8 @@ class File(NamedTuple):
     @staticmethod
     def at(path: Path, name: str = "", explicit: bool = False) -> "File":
         """A file on this machine."""
-        stat = path.stat()
-        return File(path, name or str(path), explicit, stat.st_size, stat.st_mtime_ns)
+        status = path.stat()
+        return File(path, name or str(path), explicit, status.st_size, status.st_mtime_ns)
 
 
 def find_files(word: str, downloads: Path) -> list[File]:
