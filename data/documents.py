@@ -260,11 +260,14 @@ class Corpus:
             counts = self._checked[file]
             if not file.hub and File.at(file.path).version != file.version:
                 raise UserError(f"{file.name} was changed while it was read")
-            with open(file.path, "rb") as stream:
-                stream.seek(begin)
-                while block := stream.read(formats.BLOCK_BYTES):
-                    self.position = stream.tell()
-                    yield block
+            try:
+                with open(file.path, "rb") as stream:
+                    stream.seek(begin)
+                    while block := stream.read(formats.BLOCK_BYTES):
+                        self.position = stream.tell()
+                        yield block
+            except OSError as error:
+                raise formats.broken_file(file.name, error) from None
         else:
             counts, n_bytes, how = Counter(), 0, (self.encoding, self.errors)
             for block, self.position in formats.utf8_blocks(file.path, file.name, *how, counts):

@@ -241,12 +241,13 @@ def parquet_rows(path: Path, name: str, field: str) -> Iterator[tuple[Any, float
                     yield batch.slice(i, 1), size * n_read / file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
-            raise
+            raise broken_file(name, error) from None
         raise UserError(f"{name} is damaged, or not a Parquet file: {error}") from None
 
 
 def broken_file(name: str, error: Exception) -> Exception:
-    """What to raise for an error of a compressed file: UserError, unless the disk failed."""
+    """What to raise for an error of reading a file: UserError, unless the disk failed."""
     if getattr(error, "errno", None) is not None:
+        error.filename = error.filename or name
         return error
     return UserError(f"{name} is damaged, or not compressed as its first bytes say: {error}")

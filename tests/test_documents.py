@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import sys
 import sysconfig
 import threading
 import time
@@ -428,6 +429,15 @@ def test_damage_in_the_middle_of_a_compressed_file(tmp_path, monkeypatch, capsys
     Path("damaged.txt.bz2").write_bytes(content)
     assert prepare.main(["--name=mine", "--input=damaged.txt.bz2"]) == 2
     assert "damaged.txt.bz2 is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that cannot be read")
+def test_a_disk_that_fails_in_an_input(folder, capsys):
+    Path("many.jsonl").write_text(LINES * 40)
+    argv = ["--name=mine", "--input", "many.jsonl", "/proc/self/mem", "--tokenizer=byte"]
+    assert prepare.main(argv) == 1
+    err = capsys.readouterr().err
+    assert "Input/output error: '/proc/self/mem'" in err and "data/mine" not in err
 
 
 def test_a_place_in_a_normalized_text(tmp_path, monkeypatch, capsys):
