@@ -20,7 +20,8 @@ documents or more, a hash of each document's text assigns it to a split, so that
 never moves others. With fewer, the last tenth of each document is validation text.
 
 An older data set of the same name is moved aside, not overwritten. After a mistake in the input,
-nothing is left behind. If the process was stopped in any other way, the same command continues.
+only downloads are left behind. If the process was stopped in any other way, the same command
+continues.
 """
 
 from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)

@@ -1,5 +1,6 @@
 """Promise: a data set does not depend on how many processes make it, nor on how often they die."""
 
+import io
 import json
 import os
 import random
@@ -229,6 +230,34 @@ def test_a_whole_build_is_kept_if_it_cannot_get_its_name(made, here, monkeypatch
     for name in ("train.bin", "val.bin", "meta.json"):
         assert Path("data/mine", name).read_bytes() == (made / "data/mine" / name).read_bytes()
     assert not list(Path("data").glob(".*"))
+
+
+def test_standard_input_is_the_same_if_its_text_is(made, here, monkeypatch, capsys):
+    argv, save = [word.replace("b.txt", "-") for word in ARGV], writer.Writer.save
+
+    def saved_once(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    def prepared(text: bytes) -> int:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return prepare.main(argv)
+
+    text = Path("b.txt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "save", saved_once)
+        assert prepared(text) == 130
+    for copy in Path("data/.downloads").rglob("stdin*"):
+        copy.unlink()  # as at the end of the process
+    assert prepared(text) == 0
+    assert "continuing after" in capsys.readouterr().out
+    for name in ("train.bin", "val.bin"):
+        assert Path("data/mine", name).read_bytes() == (made / "data/mine" / name).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "save", saved_once)
+        assert prepared(text) == 130
+    assert prepared(text[:-1] + b"!") == 0
+    assert "continuing" not in capsys.readouterr().out
 
 
 @needs_linux

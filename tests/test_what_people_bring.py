@@ -14,6 +14,7 @@ import lzma
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -427,6 +428,21 @@ def test_text_from_a_pipe(here, word):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert begins("It was")()
+    assert not list(Path("data/.downloads").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_no_copy_of_standard_input_stays_after_a_mistake_or_a_stop(here):
+    command = [sys.executable, f"{ROOT}/prepare.py", "--name=new", "--input=-"]
+    done = subprocess.run(command, input=FILES["latin1.txt"], capture_output=True)
+    assert done.returncode == 2 and b"standard input is not UTF-8" in done.stderr
+    assert not list(Path("data/.downloads").iterdir())
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        while not list(Path("data/.downloads").iterdir()):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert not list(Path("data/.downloads").iterdir())
 
 
 def test_arguments_are_utf8_whatever_the_locale(here):
