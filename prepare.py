@@ -121,10 +121,12 @@ def main(argv: list[str]) -> None:
         source, tok = open_shards(texts, given), tokenizer.load({"kind": "gpt2"})
         n_bytes, encoded = source.n_left(start), source.read(tok, start)
     else:
-        if "field" in given and not texts.has_fields:
-            raise UserError(
-                f"--field={options.field} is for JSON lines and Parquet, and the input has none"
-            )
+        for option in ("field", "skip_bad_lines"):
+            if option in given and not texts.has_fields:
+                raise UserError(
+                    f"--{option}={given[option]} is for JSON lines and Parquet, and the input has "
+                    "none"
+                )
         texts.look(progress and progress["cuts"])
         if progress:
             tok = tokenizer.load(progress["tokenizer"])

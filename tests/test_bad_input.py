@@ -191,6 +191,7 @@ CASES = (
         (prepare.main, "--name=x --input=one.txt", "the text is too short (1 bytes), the train split is e"),
         (prepare.main, "--name=x --input=latin1.txt", "not UTF-8: byte 0xe9 at offset 3"),
         (prepare.main, "--name=x --input=good.txt --separator=\udcff", "is not UTF-8"),
+        (prepare.main, "--name=x --input=good.txt --skip_bad_lines", "--skip_bad_lines=True is for JSON lines and"),
         (prepare.main, "--name=x --input=good.txt --encoding=abacus", "--encoding=abacus is unknown to Python"),
         (prepare.main, "--name=x --input=good.jsonl --encoding=abacus", "--encoding=abacus is unknown to Python"),
         (prepare.main, "--name=x --input=good.jsonl --encoding=hex", "--encoding=hex is unknown to Python"),
