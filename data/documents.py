@@ -258,8 +258,7 @@ class Corpus:
         once, when the file has been read to its end."""
         if file in self._checked:  # no need to decode it again
             counts = self._checked[file]
-            by_time = isinstance(file.version, int)
-            if by_time and File.at(file.path).version != file.version:
+            if isinstance(file.version, int) and File.at(file.path).version != file.version:
                 raise UserError(f"{file.name} was changed while it was read")
             try:
                 with open(file.path, "rb") as stream:
