@@ -20,7 +20,8 @@ documents or more, a hash of each document's text assigns it to a split, so that
 never moves others. With fewer, the last tenth of each document is validation text.
 
 An older data set of the same name is moved aside, not overwritten. After a mistake in the input,
-nothing is left behind. If the process was stopped in any other way, the same command continues.
+only downloads are left behind. If the process was stopped in any other way, the same command
+continues.
 """
 
 from folio.process import script  # isort: skip  (first, for Ctrl-C during other imports)
@@ -120,14 +121,19 @@ def main(argv: list[str]) -> None:
         source, tok = open_shards(texts, given), tokenizer.load({"kind": "gpt2"})
         n_bytes, encoded = source.n_left(start), source.read(tok, start)
     else:
-        if "field" in given and not texts.has_fields:
-            raise UserError(
-                f"--field={options.field} is for JSON lines and Parquet, and the input has none"
-            )
+        for option in ("field", "skip_bad_lines"):
+            if option in given and not texts.has_fields:
+                raise UserError(
+                    f"--{option}={given[option]} is for JSON lines and Parquet, and the input has "
+                    "none"
+                )
         texts.look(progress and progress["cuts"])
         if progress:
             tok = tokenizer.load(progress["tokenizer"])
         else:
+            if kind in ("char", "bpe") or options.extend_vocab:  # made from all of the text
+                new = [f for f in texts.files if f.hub and not f.path.exists()]
+                check_space(folder, sum(file.size for file in new))
             tok = make_tokenizer(kind, options, texts)
         source, n_bytes = texts, bytes_needed(tok, texts, progress)
         encoded = encode(tok, texts, options.workers or available_cores(), start)
@@ -236,7 +242,8 @@ def check_tokenizer(kind: str, given: dict) -> None:
 
 
 def make_tokenizer(kind: Tokenizer | str, options: PrepareConfig, texts: Texts) -> Tokenizer:
-    """Build the tokenizer: char from all of the text, bpe from the training split."""
+    """Build the tokenizer: char from all of the text, bpe from the training split. For both, all
+    files of the Hub are downloaded, and stay until they have been encoded."""
     if isinstance(kind, Tokenizer):
         if options.extend_vocab and kind.kind != "char":
             raise UserError(

@@ -176,9 +176,16 @@ def is_built(folder: Path) -> bool:
     return any((folder / name).exists() for name in (*OUR_FILES, "meta.pkl"))
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder has a data set that prepare.py did not make, and does not replace."""
+    return is_built(folder) and not (folder / "meta.json").is_file()
+
+
 def load(folder: Path) -> Dataset:
     """Open the data set in `folder`; raises UserError if it is incomplete or inconsistent."""
     rebuild = f"rebuild it: python prepare.py --name {folder.name} --input FILE"
+    if is_foreign(folder):
+        rebuild = "prepare its text under another name: python prepare.py --name NAME --input FILE"
     if not (folder / "meta.json").exists() and (folder / "meta.pkl").exists():
         raise UserError(f"{folder}/meta.pkl is a pickle, which could run code; {rebuild}")
     try:
@@ -250,7 +257,7 @@ def _check_foreign(path: Path) -> None:
     """Raise UserError if a bin without meta.json cannot be nanoGPT's: uint16 ids of GPT-2."""
     size = path.stat().st_size
     head = np.fromfile(path, "<u2", count=1 << 20)
-    problem, advice = "", "rebuild it from its text with prepare.py"
+    problem, advice = "", "prepare its text under another name"
     if len(head) > 2 and int(head[:2].view("<i4")[0]) in LLM_C_MAGIC:
         problem = "starts with a header of 1,024 bytes, as llm.c writes"
         train, val = (path.with_name(f"{name}.bin") for name in SPLITS)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import formats
 from data.errors import UserError
@@ -112,6 +112,21 @@ def _until(length: int | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
             return
 
 
+def split_blocks(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
+    """The parts of a stream of blocks between separators. Each block is searched once, so that the
+    time is linear in the length of a part."""
+    part, rest = [], b""  # of a part that has not ended: what was searched, and the last few bytes
+    for block in blocks:
+        first, *others = (rest + block).split(separator)
+        for other in others:
+            yield b"".join((*part, first))
+            part, first = [], other
+        end = max(0, len(first) - len(separator) + 1)
+        part.append(first[:end])
+        rest = first[end:]  # a separator may begin in it
+    yield b"".join((*part, rest))
+
+
 def character_start(data: bytes, offset: int) -> int:
     """`offset`, moved back so that no characters are separated which Unicode would compose."""
     for start in range(offset, max(-1, offset - CONTEXT_BYTES), -1):
@@ -168,7 +183,16 @@ class Corpus:
     notes: Counter = dataclasses.field(default_factory=Counter)
 
     def __post_init__(self):
-        """Find the files; raises UserError for an input that does not exist or is empty."""
+        """Find the files; raises UserError for an input that does not exist or is empty, for an
+        unknown encoding, and for a separator that is not UTF-8."""
+        try:
+            b"a".decode(self.encoding or "utf-8", "ignore")
+        except (LookupError, UnicodeError):
+            raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
+        try:
+            self._separator = self.separator.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--separator={self.separator} is not UTF-8") from None
         self._counted = set()  # the files whose notes are in `notes`
         self._checked = {}  # files whose bytes are their text, with their notes
         self.position = 0.0  # how many bytes of its file have been read
@@ -181,7 +205,8 @@ class Corpus:
         for file in self.files:
             if file.path is None:
                 continue
-            head = b"" if file.hub else formats.read_head(file.path, file.name)
+            # a .json file of the Hub may have lines, or may not: it is not there yet
+            head = b"{}" if file.hub else formats.read_head(file.path, file.name)
             is_parquet = head.startswith(formats.PARQUET) or file.path.suffix == ".parquet"
             if is_parquet or formats.is_json_lines(file.path, head):
                 return True
@@ -215,7 +240,9 @@ class Corpus:
             yield from self._texts(self._rows(file))
         elif formats.is_json_lines(path, head):
             yield from self._texts(self._objects(file))
-        elif self._is_binary(head) and not (file.explicit and self.errors == "replace"):
+        elif formats.is_binary(head, self.encoding) and not (
+            file.explicit and self.errors == "replace"
+        ):
             if file.explicit:
                 order = "be" if head.startswith(b"\0") else "le"
                 raise UserError(
@@ -226,24 +253,21 @@ class Corpus:
         elif head:
             yield from self._read_plain(file)
 
-    def _is_binary(self, head: bytes) -> bool:
-        try:
-            return formats.is_binary(head, self.encoding)
-        except LookupError:
-            raise UserError(f"--encoding={self.encoding} is unknown to Python") from None
-
     def _blocks(self, file: File, begin: int = 0) -> Iterator[bytes]:
         """Yield a file as UTF-8, starting at offset `begin` of the UTF-8 text. Notes are counted
         once, when the file has been read to its end."""
         if file in self._checked:  # no need to decode it again
             counts = self._checked[file]
-            if not file.hub and File.at(file.path).version != file.version:
+            if isinstance(file.version, int) and File.at(file.path).version != file.version:
                 raise UserError(f"{file.name} was changed while it was read")
-            with open(file.path, "rb") as stream:
-                stream.seek(begin)
-                while block := stream.read(formats.BLOCK_BYTES):
-                    self.position = stream.tell()
-                    yield block
+            try:
+                with open(file.path, "rb") as stream:
+                    stream.seek(begin)
+                    while block := stream.read(formats.BLOCK_BYTES):
+                        self.position = stream.tell()
+                        yield block
+            except OSError as error:
+                raise formats.broken_file(file.name, error) from None
         else:
             counts, n_bytes, how = Counter(), 0, (self.encoding, self.errors)
             for block, self.position in formats.utf8_blocks(file.path, file.name, *how, counts):
@@ -259,18 +283,12 @@ class Corpus:
             self.notes.update(counts)
 
     def _read_plain(self, file: File) -> Iterator[Document]:
-        if not self.separator:
+        if not self._separator:
             yield Document(file.name, lambda begin=0: self._blocks(file, begin))
             return
-        separator, data, number = self.separator.encode(), b"", 0
-        for block in itertools.chain(self._blocks(file), (None,)):
-            *parts, data = (data + (block or b"")).split(separator)
-            if block is None:
-                parts.append(data)
-            for part in parts:
-                number += 1
-                if part := part.strip(b"\r\n"):
-                    yield Document.of(part, f"{file.name}, document {number}")
+        for number, part in enumerate(split_blocks(self._blocks(file), self._separator), 1):
+            if part := part.strip(b"\r\n"):
+                yield Document.of(part, f"{file.name}, document {number}")
 
     def _texts(self, records: Iterator[tuple[str, Callable[[], dict]]]) -> Iterator[Document]:
         """The text of each record, which is given with its source, and unread."""
@@ -284,9 +302,10 @@ class Corpus:
                 self.notes["bad lines left out"] += 1
 
     def _rows(self, file: File) -> Iterator[tuple[str, Callable[[], dict]]]:
-        rows = formats.parquet_records(file.path, file.name, self.field)
+        rows = formats.parquet_rows(file.path, file.name, self.field)
         for number, (row, self.position) in enumerate(rows, 1):
-            yield f"{file.name}, row {number}", lambda row=row: row
+            source = f"{file.name}, row {number}"
+            yield source, functools.partial(_row, row, source)
 
     def _objects(self, file: File) -> Iterator[tuple[str, Callable[[], dict]]]:
         for source, line in self._lines(file):
@@ -294,15 +313,9 @@ class Corpus:
 
     def _lines(self, file: File) -> Iterator[tuple[str, bytes]]:
         """Yield (source, line) for each line that is not empty."""
-        number, data = 0, b""
-        for block in itertools.chain(self._blocks(file), (None,)):
-            *lines, data = (data + (block or b"")).split(b"\n")
-            if block is None:
-                lines.append(data)
-            for line in lines:
-                number += 1
-                if line.strip():
-                    yield f"{file.name}, line {number}", line
+        for number, line in enumerate(split_blocks(self._blocks(file), b"\n"), 1):
+            if line.strip():
+                yield f"{file.name}, line {number}", line
 
     def records(self) -> Iterator[tuple[str, dict]]:
         """Yield (source, JSON object) for each line of the files, whatever their names."""
@@ -320,6 +333,14 @@ def _record(line: bytes, source: str) -> dict:
     if type(record) is not dict:
         raise UserError(f"{source}: not a JSON object")
     return record
+
+
+def _row(batch: Any, source: str) -> dict:
+    """A row of a Parquet file as a dict; raises UserError if its text is not UTF-8."""
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8: {error.reason}") from None
 
 
 def _text_of(record: dict, source: str, field: str) -> bytes:

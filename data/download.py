@@ -24,7 +24,17 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
     If the digest is known, a partial download is kept in PATH.part, and a later call continues it
     if the server allows that. Raises UserError, with a short reason, after three tries.
     """
-    part = path.with_name(path.name + ".part")
+    if sha256:
+        return _fetch(url, path, path.with_name(f"{path.name}.part"), sha256, size)
+    # without a digest nobody would notice what another process writes to the same file
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        return _fetch(url, path, part, sha256, size)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fetch(url: str, path: Path, part: Path, sha256: str | None, size: int | None) -> Path:
     for attempt in range(TRIES):
         if attempt:
             time.sleep(attempt)
@@ -38,7 +48,6 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
                 break
             continue
         if sha256 is None and (problem := _not_a_text(part)):
-            part.unlink()
             raise UserError(f"{url} returned {problem}")
         data_size, digest = _measure(part)
         if sha256 in (None, digest):
@@ -49,8 +58,6 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
             reason = f"{data_size} of {size} bytes arrived"
         else:
             part.unlink()
-    if sha256 is None:
-        part.unlink(missing_ok=True)
     raise UserError(f"cannot download {url} ({reason})")
 
 

@@ -1,4 +1,7 @@
-"""The exception that scripts print as one line. It is here because data/ imports nothing else."""
+"""The exception that scripts print as one line.
+
+It is here because data/ imports nothing else of Folio.
+"""
 
 
 class UserError(Exception):

@@ -4,6 +4,7 @@ A folder or a glob means its text files, sorted by name. A URL is downloaded. Tw
 Python: `pydocs`, the language reference, and `pystdlib`, the source of the standard library.
 """
 
+import atexit
 import glob
 import hashlib
 import os
@@ -11,6 +12,7 @@ import re
 import stat
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -42,14 +44,14 @@ class File(NamedTuple):
     name: str  # in messages: its path, or the URL that it was downloaded from
     explicit: bool  # an input of its own, not found in a folder or by a glob
     size: int  # in bytes
-    version: int | str  # another one if its content was changed
+    version: int | str  # the time of its last change, or what stands for its content
     hub: HubFile | None = None  # if it is downloaded when it is read
 
     @staticmethod
     def at(path: Path, name: str = "", explicit: bool = False) -> "File":
         """A file on this machine."""
-        stat = path.stat()
-        return File(path, name or str(path), explicit, stat.st_size, stat.st_mtime_ns)
+        status = path.stat()
+        return File(path, name or str(path), explicit, status.st_size, status.st_mtime_ns)
 
 
 def find_files(word: str, downloads: Path) -> list[File]:
@@ -73,7 +75,7 @@ def find_files(word: str, downloads: Path) -> list[File]:
         )
     path = Path(word)
     if word in STANDARD_INPUT or (path.exists() and stat.S_ISFIFO(path.stat().st_mode)):
-        return [File.at(_spool(word, downloads), "standard input", True)]
+        return [_spool(word, downloads)]
     if path.is_dir():
         files = sorted(_walk(path), key=Path.as_posix)
     elif path.is_file():
@@ -96,26 +98,26 @@ def drop(files: list[File]) -> None:
             file.path.unlink(missing_ok=True)
 
 
-def _spool(word: str, downloads: Path) -> Path:
-    """Copy standard input or a pipe, which can be read only once, to a file."""
+def _spool(word: str, downloads: Path) -> File:
+    """Copy standard input or a pipe, which can be read only once, to a file that is removed when
+    the process ends."""
     downloads.mkdir(parents=True, exist_ok=True)
     source = sys.stdin.buffer if word in STANDARD_INPUT else open(word, "rb")
-    digest, path = hashlib.sha256(), downloads / f"stdin.{os.getpid()}"
-    with open(path, "wb") as file:
+    handle, name = tempfile.mkstemp(prefix="stdin.", dir=downloads)
+    digest, path = hashlib.sha256(), Path(name)
+    atexit.register(path.unlink, missing_ok=True)
+    with open(handle, "wb") as file:
         while block := source.read(formats.BLOCK_BYTES):
             digest.update(block)
             file.write(block)
-    final = downloads / digest.hexdigest()[:16] / "stdin"
-    final.parent.mkdir(exist_ok=True)
-    if final.exists():  # the same text again
-        path.unlink()
-    else:
-        os.replace(path, final)
-    return final
+    return File.at(path, "standard input", True)._replace(version=digest.hexdigest())
 
 
 def _expand(pattern: Path) -> Iterator[Path]:
-    """The matches of a glob; ** follows no symlinks, and matches hidden names only if asked to."""
+    """The matches of a glob; ** follows no symlinks, and matches hidden names only if asked to.
+    Raises UserError if ** is a part of a name, for which Python's versions differ."""
+    if any("**" in part and part != "**" for part in pattern.parts):
+        raise UserError(f"input {pattern}: ** stands for folders only, as in notes/**/*.md")
     root = Path(pattern.anchor)
     hidden = any(part.startswith(".") and part.strip(".") for part in pattern.parts)
     for path in root.glob(str(pattern.relative_to(root))):

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from data.errors import UserError
 
@@ -180,13 +180,16 @@ def utf8_blocks(
                     counts["byte-order marks inside the text, dropped"] += n_marks
                     text = text.replace("\n\ufeff", "\n")
                 text, at_line_start = text[at_line_start:], text.endswith("\n")
-                if "\0" in text:
+                if n_zeros := text.count("\0"):
                     if errors != "replace":
+                        what = f"zero byte at offset {offset + block.find(0):,}"
+                        if block.count(0) > n_zeros:  # UTF-16: letters have zero bytes too
+                            what = "zero character (U+0000)"
                         raise UserError(
-                            f"{name} has a zero byte at offset {offset + block.find(0):,}: it is "
-                            "damaged, or not text; --errors=replace reads it anyway"
+                            f"{name} has a {what}: it is damaged, or not text; --errors=replace "
+                            "reads it anyway"
                         )
-                    counts["bytes replaced"] += text.count("\0")
+                    counts["bytes replaced"] += n_zeros
                     text = text.replace("\0", "\ufffd")
                 yield text.encode(), raw.tell()
                 offset += len(block)
@@ -209,11 +212,16 @@ def _decode(
             f"{offset - n_pending + error.start:,}; name its encoding, as in "
             "--encoding=latin-1, or use --errors=replace"
         ) from None
+    except UnicodeError as error:  # utf-16 or utf-32 without a byte-order mark
+        raise UserError(
+            f"{name}: {error}; name its byte order, as in --encoding=utf-16-le"
+        ) from None
 
 
-def parquet_records(path: Path, name: str, field: str) -> Iterator[tuple[dict, float]]:
-    """Yield the rows of a Parquet file, with the field or its first part, each with how many bytes
-    of the file have been read, about. Messages call it `name`. Needs pyarrow; raises UserError."""
+def parquet_rows(path: Path, name: str, field: str) -> Iterator[tuple[Any, float]]:
+    """Yield the rows of a Parquet file, with the field or its first part, as RecordBatches of
+    pyarrow, each with how many bytes of the file have been read, about. Messages call it `name`.
+    Needs pyarrow; raises UserError."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -228,17 +236,18 @@ def parquet_records(path: Path, name: str, field: str) -> Iterator[tuple[dict, f
             column = field if field in names else field.split(".")[0]
             columns = [column] if column in names else names  # all, for the message
             for batch in file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
+                for i in range(batch.num_rows):
                     n_read += 1
-                    yield row, size * n_read / file.metadata.num_rows
+                    yield batch.slice(i, 1), size * n_read / file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
-            raise
+            raise broken_file(name, error) from None
         raise UserError(f"{name} is damaged, or not a Parquet file: {error}") from None
 
 
 def broken_file(name: str, error: Exception) -> Exception:
-    """What to raise for an error of a compressed file: UserError, unless the disk failed."""
+    """What to raise for an error of reading a file: UserError, unless the disk failed."""
     if getattr(error, "errno", None) is not None:
+        error.filename = error.filename or name
         return error
     return UserError(f"{name} is damaged, or not compressed as its first bytes say: {error}")

@@ -1,7 +1,7 @@
 """Files of data sets on the Hugging Face Hub: hf://datasets/OWNER/NAME/PATTERN.
 
-Each is downloaded when it is read, and can be dropped when it has been used, so that the disk never
-needs room for all of them. They come from $HF_ENDPOINT, if that is set.
+Each is downloaded when it is read, and can be dropped when it has been used, so that text that is
+read once never needs room for all of them. They come from $HF_ENDPOINT, if that is set.
 """
 
 import fnmatch

@@ -24,6 +24,14 @@ class Texts:
         self._corpus, self._val_corpus = (Corpus(i, **how) for i in (inputs, val_inputs))
         self.sources = self._corpus.sources + self._val_corpus.sources
         self.val_files = self._val_corpus.files
+        held_out = {file.path and file.path.resolve() for file in self.val_files}
+        self._corpus.files = [
+            file
+            for file in self._corpus.files
+            if (file.path and file.path.resolve()) not in held_out
+        ]
+        if not self._corpus.files:
+            raise UserError(f"{', '.join(inputs)}: all of it is in --val_input; name other text")
         self._corpora = [c for c in (self._corpus, self._val_corpus) for _ in c.files]
         self.files = self._corpus.files + self.val_files
         self.cuts: list[int] = []  # where the validation text of a document begins, if few

@@ -256,7 +256,7 @@ def load(meta: dict) -> Tokenizer:
         tok.normalize = meta.get("normalize", "")
         normalized("a", tok.normalize)  # fails for an unknown form
         return tok
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(error) from None
 
 
@@ -267,8 +267,8 @@ def stored_in(path: Path) -> dict:
         if (path / "meta.json").is_file():
             return json.loads((path / "meta.json").read_text("utf-8"))["tokenizer"]
         for name in ("best.safetensors", "ckpt.safetensors"):
-            if path.is_dir() and (path / name).is_file():
-                path = path / name
+            if (path / name).is_file():
+                return _checkpoint_meta(path / name)["tokenizer"]
         return _checkpoint_meta(path)["tokenizer"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

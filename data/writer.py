@@ -19,7 +19,7 @@ from typing import IO
 import filelock
 import numpy as np
 
-from data.bins import FORMAT, OUR_FILES, SPLITS, dtype_of, free_name, is_built, move_aside
+from data.bins import FORMAT, OUR_FILES, SPLITS, dtype_of, free_name, is_foreign, move_aside
 from data.errors import UserError
 
 LOCK = "folio.lock"  # held while a data set is written
@@ -31,8 +31,9 @@ class Writer:
     """Writes the bins of a data set; an older one of that name is moved aside.
 
     `progress` is what find_unfinished() returned; the bins are then continued. `keep` is stored
-    with the progress. Without finish(), the folder stays if there is progress to continue from,
-    unless a UserError says that continuing is of no use; otherwise it is removed.
+    with the progress. Without finish(), or if its last step fails, the folder stays if there is
+    progress to continue from, unless a UserError says that the input is wrong; otherwise it is
+    removed.
     """
 
     def __init__(
@@ -42,12 +43,12 @@ class Writer:
         keep: dict | None = None,
         progress: dict | None = None,
     ):
-        check_target(folder)
         self.folder = _target(folder)
         self.vocab_size = vocab_size
         self.dtype = dtype_of(vocab_size)
         self.n_tokens = dict.fromkeys(SPLITS, 0)
         self._keep, self._progress = keep or {}, progress
+        self._is_complete = False  # all but its final name
         self._next_save = time.monotonic() + SAVE_SECONDS
 
     def __enter__(self) -> "Writer":
@@ -131,24 +132,32 @@ class Writer:
             file.close()  # Windows cannot rename a folder with an open file
         _write_json(self._partial / "meta.json", meta)
         self._lock.release()
-        self._progress = None
         for name in (LOCK, PROGRESS):
             (self._partial / name).unlink(missing_ok=True)
+        try:
+            self._move()
+        except (OSError, UserError):
+            if self._progress:
+                self._is_complete = True
+                _write_json(self._partial / PROGRESS, self._progress)
+            raise
+        self._progress = None
+        return meta
+
+    def _move(self) -> None:
+        """Give the folder its final name; raises OSError or UserError if it cannot have it."""
         others = {path.name for path in self.folder.glob("*")} - {*OUR_FILES}
         if self.folder.exists() and not others:
             move_aside(self.folder)
         if not self.folder.exists():
             self._partial.rename(self.folder)
-            return meta
+            return
         if (self.folder / "meta.json").exists():  # the user's files stay where they are
             aside = free_name(self.folder.with_name(f"{self.folder.name}.1"))
             aside.mkdir()
-            for name in reversed(OUR_FILES):
-                os.replace(self.folder / name, aside / name)
+            _move_files(self.folder, aside)
             print(f"moved the older data set in {self.folder} to {aside}")
-        for name in OUR_FILES:
-            os.replace(self._partial / name, self.folder / name)
-        return meta
+        _move_files(self._partial, self.folder)
 
     def __exit__(self, _: type | None, error: BaseException | None, *__: object) -> None:
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
@@ -157,7 +166,8 @@ class Writer:
             with suppress(OSError):  # it is full
                 file.close()
         self._lock.release()
-        if self._progress is None or isinstance(error, UserError):
+        is_wrong = isinstance(error, UserError) and not self._is_complete
+        if self._progress is None or is_wrong:
             shutil.rmtree(self._partial, ignore_errors=True)
         else:
             done = self._progress["position"]["bytes"] / 1e6
@@ -179,10 +189,12 @@ def _target(folder: Path) -> Path:
 
 
 def _unfinished(folder: Path) -> list[Path]:
-    """What interrupted processes left of this data set: folders with our lock, which nobody has."""
+    """What interrupted processes left of this data set: folders of ours whose lock nobody has."""
     found = []
-    for partial in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.partial")):
-        if (partial / LOCK).is_file():
+    pattern = f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}.partial"
+    for partial in sorted(folder.parent.glob(pattern)):
+        # filelock deletes the lock file when it is released, on Windows and in some versions
+        if (partial / LOCK).is_file() or (partial / "train.bin").is_file():
             with suppress(OSError, filelock.Timeout), filelock.FileLock(partial / LOCK, timeout=0):
                 found.append(partial)
     return found
@@ -206,8 +218,7 @@ def check_target(folder: Path) -> None:
 
     It may have an older data set, or files that are not a data set's, such as its text.
     """
-    foreign = is_built(folder) and not (folder / "meta.json").is_file()
-    if (folder.exists() and not folder.is_dir()) or foreign:
+    if (folder.exists() and not folder.is_dir()) or is_foreign(folder):
         raise UserError(
             f"{folder} exists and is not a data set made by prepare.py; use another name"
         )
@@ -222,6 +233,20 @@ def check_space(folder: Path, needed: float) -> None:
             f"{folder} needs about {needed / 1e9:,.3g} GB, and {free / 1e9:,.3g} GB are free on "
             "that disk: use another --data_dir"
         )
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move a data set's files that are there, or none of them if one cannot be moved."""
+    moved = []
+    try:
+        for name in OUR_FILES:
+            if (source / name).exists():
+                os.replace(source / name, target / name)
+                moved.append(name)
+    except OSError:
+        for name in moved:
+            os.replace(target / name, source / name)
+        raise
 
 
 def _write_json(path: Path, content: dict) -> None:

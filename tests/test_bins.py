@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import write_bins
 
+import prepare
 from data import bins
 from data.errors import UserError
 
@@ -56,6 +57,30 @@ def test_a_damaged_data_set_is_refused_in_one_line(folder, damage, says):
     damage(folder)
     with pytest.raises(UserError, match=says):
         bins.load(folder)
+
+
+@pytest.mark.parametrize(
+    "missing, added",
+    [
+        (["train.bin"], []),
+        (["val.bin", "meta.json"], []),
+        (["meta.json"], ["meta.pkl"]),
+        (bins.OUR_FILES, ["meta.pkl"]),
+        (bins.OUR_FILES, []),
+    ],
+)
+def test_the_advice_to_rebuild_works(folder, monkeypatch, missing, added):
+    """Also of nanoGPT's data sets, which prepare.py does not replace."""
+    for name in missing:
+        (folder / name).unlink()
+    for name in added:
+        (folder / name).touch()
+    with pytest.raises(UserError) as caught:
+        bins.load(folder)
+    monkeypatch.chdir(folder.parent)
+    Path("FILE").write_text("some text")
+    command = str(caught.value).partition("python prepare.py ")[2]
+    assert prepare.main([*command.split(), "--data_dir=."]) == 0
 
 
 def test_an_id_beyond_the_vocabulary_is_noticed_when_it_is_drawn(folder, monkeypatch):

@@ -1,5 +1,6 @@
 """Promise: a data set does not depend on how many processes make it, nor on how often they die."""
 
+import io
 import json
 import os
 import random
@@ -182,6 +183,81 @@ def test_a_record_of_more_than_there_is(made, here, capsys):
     assert prepare.main([*ARGV, "--workers=1"]) == 0
     assert "continuing" not in capsys.readouterr().out
     assert is_the_same(made)
+
+
+def test_a_lock_file_that_was_deleted_when_it_was_released(made, here, capsys):
+    """As filelock does on Windows, and in some versions elsewhere."""
+    interrupted(3)
+    (lock,) = Path().glob("data/.mine.*.partial/folio.lock")
+    lock.unlink()
+    assert prepare.main([*ARGV, "--workers=1"]) == 0
+    assert "continuing after" in capsys.readouterr().out
+    assert is_the_same(made)
+
+
+def test_a_data_set_of_a_similar_name_stays_unfinished(made, here, capsys):
+    interrupted(3)
+    (partial,) = Path().glob("data/.mine.*.partial")
+    partial.rename(str(partial).replace(".mine.", ".mine.v2."))
+    assert prepare.main([*ARGV, "--workers=1"]) == 0
+    assert "continuing" not in capsys.readouterr().out
+    assert list(Path().glob("data/.mine.v2.*.partial"))
+
+
+@pytest.mark.parametrize("obstacle", ["mine", "mine.1", "mine/val.bin"])
+def test_a_whole_build_is_kept_if_it_cannot_get_its_name(made, here, monkeypatch, capsys, obstacle):
+    """The folder, an older one, or the second of three files beside a user's cannot be moved."""
+    obstacle, finish = Path("data", obstacle), writer.Writer.finish
+    if obstacle.name != "mine":
+        Path("data/mine").mkdir(parents=True)
+    if obstacle.name == "val.bin":
+        Path("data/mine/notes.txt").write_text("the user's")
+
+    def obstructed(*args):
+        if obstacle.name == "val.bin":
+            obstacle.mkdir()
+        else:
+            obstacle.symlink_to("nowhere")
+        return finish(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "finish", obstructed)
+        assert prepare.main([*ARGV, "--workers=1"]) == 2
+    assert "the same command continues" in capsys.readouterr().out
+    obstacle.rmdir() if obstacle.name == "val.bin" else obstacle.unlink()
+    monkeypatch.setattr(workers, "encode_batch", None)  # it is not encoded again
+    assert prepare.main([*ARGV, "--workers=1"]) == 0
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert Path("data/mine", name).read_bytes() == (made / "data/mine" / name).read_bytes()
+    assert not list(Path("data").glob(".*"))
+
+
+def test_standard_input_is_the_same_if_its_text_is(made, here, monkeypatch, capsys):
+    argv, save = [word.replace("b.txt", "-") for word in ARGV], writer.Writer.save
+
+    def saved_once(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    def prepared(text: bytes) -> int:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return prepare.main(argv)
+
+    text = Path("b.txt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "save", saved_once)
+        assert prepared(text) == 130
+    for copy in Path("data/.downloads").rglob("stdin*"):
+        copy.unlink()  # as at the end of the process
+    assert prepared(text) == 0
+    assert "continuing after" in capsys.readouterr().out
+    for name in ("train.bin", "val.bin"):
+        assert Path("data/mine", name).read_bytes() == (made / "data/mine" / name).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "save", saved_once)
+        assert prepared(text) == 130
+    assert prepared(text[:-1] + b"!") == 0
+    assert "continuing" not in capsys.readouterr().out
 
 
 @needs_linux

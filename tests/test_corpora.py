@@ -3,12 +3,15 @@
 A server on this machine plays the Hub.
 """
 
+import gzip
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import threading
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -167,6 +170,25 @@ def test_files_of_the_hub_one_at_a_time(server, monkeypatch):
     assert len(server.fetched) == n_fetched + 1
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.txt"])
+def test_the_field_of_a_file_of_the_hub(server, capsys, name):
+    content = b'{"body": "some text"}\n' * 9
+    server.files[name] = gzip.compress(content) if name.endswith("gz") else content
+    argv = [f"--input=hf://datasets/some/texts/{name}", "--field=body"]
+    if name == "a.txt":
+        assert "--field=body is for JSON lines and Parquet" in fails(capsys, *argv)
+    else:
+        assert build(*argv).train.n_bytes == 9 * 8
+
+
+def test_a_tokenizer_made_of_all_files_needs_room_for_them(server, monkeypatch, capsys):
+    server.files |= {f"{i}.jsonl": json_lines(DOCUMENTS[i::3]) for i in range(3)}
+    usage, free = namedtuple("usage", "free"), sum(map(len, server.files.values())) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
+    says = fails(capsys, "--input=hf://datasets/some/texts/*.jsonl", "--tokenizer=char")
+    assert "data/mine needs about" in says and server.fetched == ["0.jsonl"]
+
+
 @needs_gpt2_vocabulary
 def test_a_stopped_download_goes_on_where_it_was(server, monkeypatch, capsys):
     names = [f"{i:03}.jsonl" for i in range(4)]
@@ -259,6 +281,20 @@ def test_parquet(here, capsys):
     assert "cut.parquet is damaged, or not a Parquet file" in fails(capsys, "--input=cut.parquet")
 
 
+def test_a_row_that_is_not_utf8(here, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [b"one " * 9, b"caf\xe9", b"two " * 9]
+    column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), "a.parquet")
+    says = fails(capsys, "--input=a.parquet")
+    assert "a.parquet, row 2: not UTF-8: " in says and "--skip_bad_lines leaves" in says
+    dataset = build("--input=a.parquet", "--skip_bad_lines")
+    assert "bad lines left out: 1" in capsys.readouterr().out
+    assert dataset.train.n_bytes + dataset.val.n_bytes == 2 * 36
+
+
 # ---- token files --------------------------------------------------------------------------------
 
 
@@ -284,6 +320,7 @@ def test_token_files(here, monkeypatch):
     for argv in (
         ["--input", "shards/*.bin"],
         ["--input", "shards/*train*.bin", "--val_input=shards/fineweb_val_000000.bin"],
+        ["--input", "shards/*.bin", "--val_input=shards/fineweb_val_000000.bin"],
     ):
         dataset = build(*argv)
         assert (dataset.train.tokens == np.concatenate(parts[:2])).all()

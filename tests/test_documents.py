@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+import sys
 import sysconfig
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -204,6 +206,24 @@ def test_where_a_byte_is_wrong(folder, capsys):
     assert "bad.txt is not UTF-8: byte 0xff at offset 400,000" in capsys.readouterr().err
 
 
+@given(st.text("ab"), st.text("ab", min_size=1, max_size=3), st.integers(1, 9))
+@example("aabaab", "aab", 1)
+def test_documents_between_separators_of_any_length(text, separator, size):
+    data, separator = text.encode(), separator.encode()
+    blocks = iter([data[i : i + size] for i in range(0, len(data), size)])
+    assert list(documents.split_blocks(blocks, separator)) == data.split(separator)
+
+
+@pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
+def test_a_separator_that_never_comes_takes_no_longer(folder, monkeypatch, name):
+    """With 8,000 blocks: each was searched again with every later one."""
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 1000)
+    Path(name).write_bytes(b'{"text": "' + b"a" * 8_000_000 + b'"}')
+    started = time.process_time()
+    (document,) = Corpus((name,), Path("downloads"), separator="<|end|>")
+    assert document.size() >= 8_000_000 and time.process_time() - started < 3
+
+
 # ---- splits -------------------------------------------------------------------------------------
 
 
@@ -232,8 +252,17 @@ def test_of_many_documents_whole_ones_validate_and_stay_where_they_are(folder):
 def test_a_text_of_ones_own_to_validate_on(folder):
     _, train, val = build("--input", "book.txt", "old.txt.gz", "--val_input", "notes/b.md")
     assert train == "the book\r\n\nold" and val == "b in notes"
-    _, train, val = build("--input", "old.txt.gz", "--val_input", "notes/b.md", "old.txt.gz")
-    assert train == "old" and val == "b in notes\nold"
+    _, train, val = build("--input", "old.txt.gz", "--val_input", "notes/b.md", "notes/a")
+    assert train == "old" and val == "b in notes\nz in notes/a"
+
+
+@pytest.mark.parametrize("inputs", [["notes"], ["**/*.md"], ["old.txt.gz", "notes/b.md"]])
+def test_what_validates_is_not_trained_on(folder, capsys, inputs):
+    for path in ("notes/b.md", "./notes/../notes/b.md", str(Path("notes/b.md").absolute())):
+        _, train, val = build("--input", *inputs, "--val_input", path)
+        assert val == "b in notes" and val not in train
+    assert prepare.main(["--name=new", "--input=book.txt", "--val_input=book.txt"]) == 2
+    assert "book.txt: all of it is in --val_input; name other text" in capsys.readouterr().err
 
 
 @needs_gpt2_vocabulary
@@ -347,6 +376,8 @@ def test_a_damaged_checkpoint_gives_no_tokenizer(train_small, capsys):
         {"kind": "bpe", "tokens": ["\u0100b"]},
         {"kind": "bpe", "tokens": [7]},
         {"kind": "bpe", "tokens": "ab"},
+        {"kind": "bpe", "tokens": ["ab"], "ids": [*range(256), 2**70]},
+        {"kind": "bpe", "tokens": ["ab"], "ids": [*range(257)], "end_of_text": 2**70},
         {"kind": "byte", "normalize": "NFX"},
         {"kind": "byte", "normalize": 7},
         {"kind": "abacus"},
@@ -398,6 +429,15 @@ def test_damage_in_the_middle_of_a_compressed_file(tmp_path, monkeypatch, capsys
     Path("damaged.txt.bz2").write_bytes(content)
     assert prepare.main(["--name=mine", "--input=damaged.txt.bz2"]) == 2
     assert "damaged.txt.bz2 is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that cannot be read")
+def test_a_disk_that_fails_in_an_input(folder, capsys):
+    Path("many.jsonl").write_text(LINES * 40)
+    argv = ["--name=mine", "--input", "many.jsonl", "/proc/self/mem", "--tokenizer=byte"]
+    assert prepare.main(argv) == 1
+    err = capsys.readouterr().err
+    assert "Input/output error: '/proc/self/mem'" in err and "data/mine" not in err
 
 
 def test_a_place_in_a_normalized_text(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,13 @@
 """Promise: a download is whole and right, or its final name does not exist."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import ROOT
 
 from data import download
 from data.errors import UserError
@@ -17,6 +20,7 @@ class Handler(BaseHTTPRequestHandler):
     """Serves BODY in the way that the path names; `seen` remembers each request's Range."""
 
     seen: list = []
+    half, rest = threading.Event(), threading.Event()  # of /halting: is sent, may be sent
 
     def do_GET(self):
         asked = self.headers.get("Range")
@@ -27,6 +31,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(503, b"later")
         if self.path == "/wrong":
             return self.answer(200, BODY[:-1] + b"?")
+        if self.path == "/halting" and len(self.seen) == 1:
+            self.answer(200, BODY[: len(BODY) // 2], length=len(BODY))
+            self.half.set()
+            self.rest.wait(30)
+            return self.wfile.write(BODY[len(BODY) // 2 :])
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
         if self.path == "/no-range":
             start = 0
@@ -105,6 +114,19 @@ def test_what_is_not_the_file_never_gets_its_name(server, tmp_path, path, says, 
         fetch(f"{server}/{path}", tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
     assert len(Handler.seen) == requests
+
+
+def test_two_processes_that_download_the_same(server, tmp_path):
+    """Without a digest, half a file of the other one would not be noticed."""
+    url, path = f"{server}/halting", tmp_path / "file"
+    code = "import pathlib, sys; from data.download import fetch; fetch(sys.argv[1], pathlib.Path"
+    command = [sys.executable, "-c", f"{code}(sys.argv[2]))", url, str(path)]
+    with subprocess.Popen(command, cwd=ROOT) as other:
+        assert Handler.half.wait(30)
+        assert download.fetch(url, path).read_bytes() == BODY
+        Handler.rest.set()
+        assert other.wait(30) == 0
+    assert path.read_bytes() == BODY and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_many_remarks_at_the_head_of_a_text_are_read_quickly():

@@ -73,6 +73,18 @@ def test_an_older_data_set_is_moved_aside(tmp_path, capsys):
         assert tokenizer.load(dataset.tokenizer).decode(dataset.train.tokens) == words
 
 
+def test_an_older_data_set_without_a_bin_is_moved_aside_too(tmp_path):
+    source, folder = tmp_path / "source.txt", tmp_path / "mine"
+    source.write_text("one two three")
+    argv = ["--name=mine", f"--input={source}", f"--data_dir={tmp_path}"]
+    assert prepare.main(argv) == 0
+    (folder / "notes.txt").write_text("the user's")
+    (folder / "train.bin").unlink()
+    assert prepare.main(argv) == 0
+    assert len(bins.load(folder).train.tokens) == 11 and (folder / "notes.txt").exists()
+    assert {path.name for path in (tmp_path / "mine.1").iterdir()} == {"val.bin", "meta.json"}
+
+
 def test_line_ends_stay_as_they_are(tmp_path):
     source = tmp_path / "source.txt"
     source.write_bytes(b"a\r\nb\rc\n" * 10)

@@ -14,6 +14,7 @@ import lzma
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -92,6 +93,7 @@ FILES = {  # texts that people have
     "nothing.txt": b"\xff\xfe",
     "latin1.txt": (BOOK + "café\n").encode("latin-1"),
     "zero.txt": b"a" * 9000 + b"\0" + BOOK.encode(),
+    "zero16.txt": ("a" * 9000 + "\0" + BOOK).encode("utf-16"),
     "crlf.txt": BOOK.replace("\n", "\r\n").encode(),
     "accents.txt": (BOOK + "naïve\n").encode(),
     "mixed/book.txt": BOOK.encode(),
@@ -315,6 +317,7 @@ CASES = [
     Case("a zero byte", f"{NEW} zero.txt", 2, "zero.txt has a zero byte at offset 9,000"),
     Case("a new character", f"{NEW} accents.txt --tokenizer=data/book", 2,
          "accents.txt, character 2,121 (line 41): the vocabulary has no 'n'"),
+    Case("a zero in UTF-16", f"{NEW} zero16.txt", 2, "zero16.txt has a zero character (U+0000): it is damaged"),
     Case("CRLF", f"{NEW} crlf.txt", 0, "lines that end in CRLF: 40"),
     Case("a nested field", f"{NEW} nested.jsonl --field=data.text", 0, "train                9"),
     Case("messages", f"{NEW} chat.jsonl --field=messages", 0, "tokens", None, begins("user: It was")),
@@ -425,6 +428,21 @@ def test_text_from_a_pipe(here, word):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert begins("It was")()
+    assert not list(Path("data/.downloads").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_no_copy_of_standard_input_stays_after_a_mistake_or_a_stop(here):
+    command = [sys.executable, f"{ROOT}/prepare.py", "--name=new", "--input=-"]
+    done = subprocess.run(command, input=FILES["latin1.txt"], capture_output=True)
+    assert done.returncode == 2 and b"standard input is not UTF-8" in done.stderr
+    assert not list(Path("data/.downloads").iterdir())
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        while not list(Path("data/.downloads").iterdir()):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert not list(Path("data/.downloads").iterdir())
 
 
 def test_arguments_are_utf8_whatever_the_locale(here):
