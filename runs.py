@@ -132,7 +132,8 @@ def check_files(paths: list[Path], show: bool) -> int:
 
 
 def check_file(file: Path, show: bool) -> None:
-    """Verify a checkpoint, or the folder of a data set; raises UserError if it is damaged."""
+    """Verify a checkpoint, or the folder of a data set, and print that it is intact; with `show`
+    also what a checkpoint contains. Raises UserError if it is damaged."""
     if file.is_dir():
         bins.verify(file)
     else:

@@ -117,7 +117,7 @@ class TrainConfig(GPTConfig):
         ends = (self.target_train_loss, self.target_val_loss, self.patience)
         if self.max_iters == 0 and not self.minutes and not any(ends):
             raise ValueError(
-                "max_iters=0 never ends: set minutes instead, or also target_train_loss, "
+                "max_iters=0 never ends: set minutes instead, or add target_train_loss, "
                 "target_val_loss or patience"
             )
         unknown_end = self.max_iters == 0 and not self.minutes and self.lr_decay_iters == 0
@@ -211,7 +211,7 @@ def training_loop(run: Run, log: metrics.Log) -> str:
                 add_samples(run, log)
             clock.start()
     clock.stop()
-    if progress.eval_iter != progress.iter_num or progress.best_val_loss is None:
+    if progress.eval_iter != progress.iter_num or progress.best_val_loss is None:  # it was deleted
         evaluate_and_save(run, log)
     if not run.is_due(cfg.sample_interval):
         add_samples(run, log)
@@ -381,7 +381,9 @@ def launch(argv: list[str], run: Run, resumed_from: Path | None) -> int:
                 return run_to_end(run)
         except Stopped:
             return report_stop(run)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not machine.is_out_of_memory(error):
+                raise
             raise machine.out_of_memory(cfg) from None
 
 

@@ -113,8 +113,8 @@ def _until(length: int | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def split_blocks(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
-    """The parts of a stream of blocks between separators. Each block is searched once, so that the
-    time is linear in the length of a part."""
+    """The parts, between separators, of a text that comes in blocks. Each block is searched once,
+    so that the time is linear in the length of a part."""
     part, rest = [], b""  # of a part that has not ended: what was searched, and the last few bytes
     for block in blocks:
         first, *others = (rest + block).split(separator)

@@ -190,15 +190,23 @@ def parallelize(model: LanguageModel, cfg: Any) -> nn.Module:
     blocks = list(model.h) if isinstance(model, GPT) else []
     again = {"none": [], "half": blocks[::2], "full": blocks}
     for block in again[cfg.activation_checkpointing]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(_compute_again, block.forward)
     if cfg.fsdp:
         return _shard(model, blocks, cfg)
     model.to(cfg.device)
     if cfg.compile:
-        model.compile()
+        model.compile(dynamic=False)  # another micro_batch_size would make the shapes symbols
     if world_size() == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def _compute_again(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    """forward(*args), which backward computes a second time. Without gradients there is no
+    backward, and a CUDA graph of sampling could not hold what checkpoint() asks the generator."""
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
 
 
 def _shard(model: LanguageModel, blocks: list[nn.Module], cfg: Any) -> nn.Module:
@@ -211,7 +219,7 @@ def _shard(model: LanguageModel, blocks: list[nn.Module], cfg: Any) -> nn.Module
     mesh = dist.init_device_mesh(torch.device(cfg.device).type, (world_size(),))
     for block in blocks:
         if cfg.compile:
-            block.compile()
+            block.compile(dynamic=False)
         fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 

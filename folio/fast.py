@@ -13,6 +13,7 @@ stated here.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -139,8 +140,11 @@ class CudaGraph:
 
     The first call runs the function, so that it can allocate what it keeps, such as gradients. The
     second records the kernels, and each further call repeats these alone, with new arguments of the
-    same shapes. Numbers become tensors, so that they can change too; the first argument is one.
+    same shapes. Numbers become tensors, so that they can change too; the first argument is one. If
+    a recording fails, this and all other functions go on without.
     """
+
+    can_record = True
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]):
         self._function, self._args, self._graph, self._results = function, [], None, ()
@@ -155,14 +159,26 @@ class CudaGraph:
                 mine.copy_(arg)
             else:
                 mine.fill_(arg)  # without waiting for the device
+        if self._graph is None and CudaGraph.can_record:
+            self._record(device)
         if self._graph is None:
-            graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
-            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
-                self._results = self._function(*self._args)
-            self._graph = graph
-            self._function = None  # with all that it holds
+            return self._function(*self._args)
         self._graph.replay()
         return tuple(result.clone() for result in self._results)
+
+    def _record(self, device: torch.device) -> None:
+        try:
+            graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
+            here = torch.cuda.stream(torch.cuda.current_stream(device))  # to return to if it fails
+            with torch.cuda.device(device), here, torch.cuda.graph(graph, stream=stream):
+                self._results = self._function(*self._args)
+        except RuntimeError as error:
+            CudaGraph.can_record = False
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"slower, as CUDA graphs cannot be used: {reason}", file=sys.stderr)
+        else:
+            self._graph = graph
+            self._function = None  # with all that it holds
 
 
 @cache

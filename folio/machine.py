@@ -170,14 +170,13 @@ def compiles(model: LanguageModel, cfg: Any) -> bool:
 def uses_cuda_graphs(model: LanguageModel, cfg: Any) -> bool:
     """Whether a run with train.py's TrainConfig launches its updates as CUDA graphs.
 
-    A graph keeps its activations, so the run must leave most of the GPU's memory to others. It
+    A graph keeps its activations, so the run must leave most of the GPU's free memory to others. It
     cannot hold what asks for values on the host: the loss scale and activation checkpointing.
     """
     if not cfg.device.startswith("cuda") or cfg.dtype == "float16":
         return False
     plain = distributed.world_size() == 1 and cfg.activation_checkpointing == "none"
-    total = torch.cuda.get_device_properties(cfg.device).total_memory
-    return plain and memory_needed(model, cfg) < total / 4
+    return plain and memory_needed(model, cfg) < available_memory(torch.device(cfg.device)) / 4
 
 
 def attention_elements(config: GPTConfig, device: str, dtype: str) -> int:
@@ -277,8 +276,8 @@ def check_memory(model: LanguageModel, cfg: Any) -> None:
 
 
 def less_memory(cfg: Any) -> Iterator[Any]:
-    """Options that train the same, but for the masks of dropout, with less memory, in decreasing
-    order of memory."""
+    """Options that need less memory and train the same, except for the masks of dropout; those that
+    need most first."""
     share, size = cfg.batch_size // distributed.world_size(), cfg.micro_batch_size
     for n in range(size // 2, 0, -1):
         if share % n == 0:
@@ -287,6 +286,11 @@ def less_memory(cfg: Any) -> Iterator[Any]:
         levels = ("none", "half", "full")
         for again in levels[levels.index(cfg.activation_checkpointing) + 1 :]:
             yield replace(cfg, micro_batch_size=1, activation_checkpointing=again)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device is out of memory; on MPS torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def out_of_memory(cfg: Any) -> UserError:

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
-import torch
-
 from data.errors import UserError
 from folio import distributed, machine, run_folder
 from folio.metrics import Clock, format_seconds
@@ -94,11 +92,9 @@ def time_update(run: Run, update: Update) -> float:
     try:
         first = _seconds(run, lambda: trial(1))
         if run.graphs is not None:
-            record_graphs(run, lambda: trial(1))
-    except torch.OutOfMemoryError:
-        raise
+            trial(1)  # records them
     except RuntimeError as error:
-        if not cfg.compile:
+        if not cfg.compile or machine.is_out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"an update failed ({reason}); try --compile=False") from None
@@ -109,16 +105,6 @@ def time_update(run: Run, update: Update) -> float:
     run.guard.skip_all(False)
     run.scaler.load_state_dict(scaler_state)
     return one + (n_micro - 1) * max(0.0, two - one)
-
-
-def record_graphs(run: Run, trial: Callable[[], object]) -> None:
-    """Record the run's CUDA graphs; if that fails, it goes on without them."""
-    try:
-        trial()
-    except RuntimeError as error:
-        run.graphs = None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"slower, as CUDA graphs cannot be used: {reason}")
 
 
 def time_real_updates(run: Run, update: Update) -> float:

@@ -149,7 +149,9 @@ class Run:
         with autocast(self.cfg.device, self.cfg.dtype):
             logits, _ = self.teacher(idx)
         probs = logits.float().softmax(-1)
-        return {"teacher_probs": F.pad(probs, (0, self.cfg.vocab_size - probs.shape[-1]))}
+        if (n_more := self.cfg.vocab_size - probs.shape[-1]) > 0:
+            probs = F.pad(probs, (0, n_more))
+        return {"teacher_probs": probs}
 
     def on_device(self, function: Callable[..., Tensor], *args: Tensor | float) -> Tensor:
         """Call function(self, *args), as a CUDA graph if the run uses them."""
@@ -245,7 +247,9 @@ class Run:
                 loss.backward()
             on_cuda = cfg.device.startswith("cuda")
             return not on_cuda or torch.cuda.mem_get_info(cfg.device)[0] > ROOM
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not machine.is_out_of_memory(error):
+                raise
             return False
         finally:
             self.model.zero_grad(set_to_none=True)

@@ -68,7 +68,10 @@ def _restarted(given: dict, out_dir: str) -> dict:
     record = run_folder.read_record(folder)
     if record.get("launch") != distributed.launch_id() or not (folder / LATEST).exists():
         return {}
-    return {**record["options"], "init_from": "resume", "out_dir": str(folder), "checkpoint": ""}
+    options = {**record["options"], "init_from": "resume", "out_dir": str(folder), "checkpoint": ""}
+    for name in ("micro_batch_size", "fsdp"):  # the number of processes may be another
+        del options[name]
+    return options
 
 
 def find_dataset(data_dir: Path, name: str, quick_start: bool) -> bins.Dataset:

@@ -50,8 +50,8 @@ def test_graphs_train_as_kernels_do_alone(train_small, monkeypatch, capsys, part
     words = (*parts, f"--device={DEVICE}", f"--compile={compile}", "--micro_batch_size=4", dropout)
     capsys.readouterr()
     assert train_small(*words, "--out_dir=graphs") == 0
-    out = capsys.readouterr().out
-    assert ", CUDA graphs" in out and "cannot be used" not in out
+    out, err = capsys.readouterr()
+    assert ", CUDA graphs" in out and "cannot be used" not in err
     monkeypatch.setattr(machine, "uses_cuda_graphs", lambda model, cfg: False)
     assert train_small(*words, "--out_dir=kernels") == 0
     assert ", CUDA graphs" not in capsys.readouterr().out
@@ -164,7 +164,10 @@ def test_the_same_text_as_on_a_cpu_in_float64(config, monkeypatch):
     assert torch.equal(generated(model, idx.to(DEVICE), 60, top_k=20, top_p=0.9).cpu(), expected)
 
 
-@pytest.mark.parametrize("parts", [MODERN, ("--n_head=4", "--n_kv_head=2")])
+AGAIN = ("--activation_checkpointing=half", f"--device={DEVICE}")
+
+
+@pytest.mark.parametrize("parts", [MODERN, ("--n_head=4", "--n_kv_head=2"), AGAIN])
 def test_sample_speaks(train_small, capsys, parts):
     assert train_small(*parts) == 0
     capsys.readouterr()
