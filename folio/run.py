@@ -239,11 +239,12 @@ class Run:
         """Whether forward and backward fit, and leave ROOM for what is loaded into a GPU later."""
         cfg = self.cfg
         idx = torch.zeros(micro_batch_size, cfg.block_size, dtype=torch.int64, device=cfg.device)
+        distributed.set_gradient_sync(self.trained, False)  # a rank may make more trials
         torch.cuda.empty_cache()  # of what a trial before this one left
         try:
             for _ in range(2):  # the second time there are gradients already
                 with autocast(cfg.device, cfg.dtype):
-                    _, loss = self.model(idx, idx, **self.teach(idx))
+                    _, loss = self.trained(idx, idx, **self.teach(idx))
                 loss.backward()
             on_cuda = cfg.device.startswith("cuda")
             return not on_cuda or torch.cuda.mem_get_info(cfg.device)[0] > ROOM

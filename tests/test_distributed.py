@@ -359,6 +359,16 @@ def test_a_micro_batch_that_does_not_fit_is_halved(train_small, monkeypatch, cap
     assert train_small("--batch_size=24") == 0
 
 
+def test_ranks_whose_memory_differs_agree(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ("--micro_batch_size=6", "--dropout=0")
+    several = Processes(2, words(data_dir, *more), fault="memory")
+    assert several.wait(GONE_SECONDS) == 0, several.err
+    assert load("run/ckpt.safetensors")[1]["run_config"]["micro_batch_size"] == 1
+    assert train.main(words(data_dir, *more, "--out_dir=one")) == 0
+    assert_same_run("one", "run", rel=1e-5)
+
+
 def test_a_gpu_takes_what_its_memory_holds(monkeypatch):
     cfg = train.TrainConfig(batch_size=24, device="cuda", dtype="bfloat16")
     model = checkpoint.empty_model("gpt", GPTConfig())

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from folio import batch, distributed, run_folder
+from model import GPT
 
 FAULT = os.environ.get("FAULT", "")
 AT = int(os.environ.get("FAULT_AT", 7))  # the update at which it breaks, or the size of the disk
@@ -68,6 +69,21 @@ def noted_update(run):
     return loss, norm
 
 
+def shrunk_run(*args):
+    """As on GPUs: three sequences fit in memory, but on rank 1 no more than once."""
+    run, forward = build_run(*args), GPT.forward
+
+    def limited(self, idx, *args):
+        if len(idx) > (1 if RANK == 1 and self.wte.weight.grad is not None else 3):
+            raise torch.OutOfMemoryError
+        return forward(self, idx, *args)
+
+    GPT.forward = limited
+    run.shrink_micro_batch_size()
+    GPT.forward = forward
+    return run
+
+
 def full_disk(out_dir, tensors, meta, values, **kwargs):
     next(iter(values))
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out_dir))
@@ -81,6 +97,8 @@ train.get_batch = noted_windows
 train.plot_losses = lambda *_: None  # test_train.py has it; it takes a second
 if FAULT == "elsewhere" and RANK == 1:
     os.chdir("elsewhere")
+if FAULT == "memory":
+    build_run, train.build_run = train.build_run, shrunk_run
 if FAULT == "full disk":
     run_folder.save_run = full_disk
 if FAULT == "small disk":
