@@ -12,7 +12,7 @@ import re
 import stat
 import sys
 import sysconfig
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -103,10 +103,9 @@ def _spool(word: str, downloads: Path) -> File:
     the process ends."""
     downloads.mkdir(parents=True, exist_ok=True)
     source = sys.stdin.buffer if word in STANDARD_INPUT else open(word, "rb")
-    handle, name = tempfile.mkstemp(prefix="stdin.", dir=downloads)
-    digest, path = hashlib.sha256(), Path(name)
+    digest, path = hashlib.sha256(), downloads / f"stdin.{uuid.uuid4().hex}"
     atexit.register(path.unlink, missing_ok=True)
-    with open(handle, "wb") as file:
+    with open(path, "xb") as file:
         while block := source.read(formats.BLOCK_BYTES):
             digest.update(block)
             file.write(block)
