@@ -116,10 +116,7 @@ class TrainConfig(GPTConfig):
             raise ValueError("a bigram model cannot learn from a teacher")
         ends = (self.target_train_loss, self.target_val_loss, self.patience)
         if self.max_iters == 0 and not self.minutes and not any(ends):
-            raise ValueError(
-                "max_iters=0 never ends: set minutes instead, or add target_train_loss, "
-                "target_val_loss or patience"
-            )
+            raise ValueError("max_iters=0 never ends: use minutes, patience or a target loss")
         unknown_end = self.max_iters == 0 and not self.minutes and self.lr_decay_iters == 0
         if unknown_end and self.schedule != "constant":
             raise ValueError(
@@ -370,10 +367,8 @@ def launch(argv: list[str], run: Run, resumed_from: Path | None) -> int:
                 run.check_disk()
             if cfg.plan:
                 return 0
-            folder = nullcontext()  # main() has locked a resumed run's
-            if not resumed_from:
-                folder = distributed.on_main(run_folder.new_folder(out_dir))
-            with folder:
+            new_folder = run_folder.new_folder(out_dir)  # main() has locked a resumed run's
+            with nullcontext() if resumed_from else distributed.on_main(new_folder):
                 if resumed_from:
                     run.progress = distributed.from_main(lambda: run.continue_folder(resumed_from))
                 with distributed.together():

@@ -136,9 +136,8 @@ class Run:
         self, split: bins.Split, max_tokens: int, check: Callable[[], None] = lambda: None
     ) -> float:
         """The mean loss over a split, or over max_tokens of it, in nats per token."""
-        cfg, model = self.cfg, self.model
-        size = cfg.micro_batch_size
-        return split_loss(model, split, max_tokens, size, cfg.device, cfg.dtype, check)
+        cfg, size = self.cfg, self.cfg.micro_batch_size
+        return split_loss(self.model, split, max_tokens, size, cfg.device, cfg.dtype, check)
 
     @torch.no_grad()
     def teach(self, idx: Tensor) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def test_a_model_and_itself_generate_what_it_does_alone(config):
 
 
 def test_a_batch_has_room_for_all_models(monkeypatch):
-    """In whatever order they are, and as many samples as if each had its share of the memory."""
+    """In whatever order they are named."""
     monkeypatch.setattr(generation, "available_memory", lambda _: 2**28)
     small, wide = GPT(SMALL), GPT(replace(SMALL, n_embd=512))
 

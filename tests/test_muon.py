@@ -1,4 +1,4 @@
-"""Promise: Muon is torch.optim.Muon, many matrices at a time; AdamW skips what it does."""
+"""Promise: Muon is torch.optim.Muon, many matrices at a time; AdamW skips the same steps."""
 
 from types import SimpleNamespace
 
