@@ -336,7 +336,7 @@ def _record(line: bytes, source: str) -> dict:
 
 
 def _row(batch: Any, source: str) -> dict:
-    """A row of a Parquet file as a dict; raises UserError if its text is not UTF-8."""
+    """Convert a row of a Parquet file to a dict; raises UserError if its text is not UTF-8."""
     try:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:

@@ -92,7 +92,7 @@ def load_teacher(names: str, cache_dir: str, tok: Tokenizer, block_size: int) ->
 
 
 def fingerprint(model: LanguageModel) -> str:
-    """Identifies a model on the CPU by its weights."""
+    """A hash of the weights of a model, which must be on the CPU."""
     digest = hashlib.sha256()
     for p in model.parameters():
         digest.update(checkpoint.bytes_of(p))

@@ -427,10 +427,8 @@ def _check_stays(teacher: str, out_dir: Path) -> None:
     """Raise UserError if a new run in `out_dir` would move a teacher aside."""
     for name in split_names(teacher):
         if out_dir.resolve() in (path := Path(name).resolve(), *path.parents):
-            raise UserError(
-                f"--teacher={name} is in --out_dir={out_dir}, where a new run moves it aside; use "
-                "another --out_dir"
-            )
+            where = f"--teacher={name} is in --out_dir={out_dir}"
+            raise UserError(f"{where}, where a new run moves it aside; use another --out_dir")
 
 
 def _check_same_teacher(teacher: str, fingerprint: str, ckpt: Checkpoint) -> None:

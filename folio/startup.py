@@ -315,7 +315,7 @@ def _model_options(ckpt: Checkpoint) -> dict:
 
 
 def _as_saved(given: dict, saved: dict) -> dict:
-    """`given`, with n_kv_head as GPTConfig has it: 0 if it is n_head."""
+    """`given`, with n_kv_head=0 if it equals n_head, because GPTConfig stores it so."""
     same = given.get("n_kv_head") == given.get("n_head", saved["n_head"])
     return {**given, "n_kv_head": 0} if same else given
 

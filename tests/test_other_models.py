@@ -270,7 +270,7 @@ def test_a_folders_own_vocabulary_is_exported_again(trained, tmp_path):
 
 
 def test_an_end_of_text_of_another_name(trained):
-    """As a string, and as older versions of transformers wrote it."""
+    """eos_token is a string, or a dictionary in older versions of transformers."""
     folder, theirs = trained
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
     vocab["<end>"] = vocab.pop("<|endoftext|>")

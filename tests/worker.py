@@ -70,7 +70,7 @@ def noted_update(run):
 
 
 def shrunk_run(*args):
-    """As on GPUs: three sequences fit in memory, but on rank 1 no more than once."""
+    """As on GPUs: three sequences fit in memory; on rank 1 they fit only without gradients."""
     run, forward = build_run(*args), GPT.forward
 
     def limited(self, idx, *args):
